@@ -1,0 +1,45 @@
+# `make` or `make help` lists the targets. Each makes .venv when it is missing or out of date.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast lint format type tables clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+install: $(INSTALLED)  ## make .venv with everything that is needed
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## train baseline and CutMix on embedded digits (CPU, minutes), print the table
+	$(BIN)/python scripts/run_table.py table=demo_digits results_dir=runs/demo
+	@echo "compare the two runs: $(BIN)/tensorboard --logdir runs"
+
+test: $(INSTALLED)  ## run the whole test suite (no GPU, no network, no data needed)
+	$(BIN)/python -m pytest
+
+test-fast: $(INSTALLED)  ## run the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(INSTALLED)  ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)  ## mend style and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+type: $(INSTALLED)  ## check types
+	$(BIN)/mypy
+
+tables: $(INSTALLED)  ## render results/tables from results/records
+	$(BIN)/python scripts/make_tables.py
+
+clean:  ## remove .venv and caches (runs stay)
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
