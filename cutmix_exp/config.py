@@ -1,0 +1,409 @@
+"""The configuration: one typed, frozen tree. Behind this file there is no OmegaConf.
+
+`compose` (Hydra's groups to a dictionary) -> `build` (names, types, ranges) -> `resolve` (what
+depends on image size, budget and hardware). A resolved config says everything about a run, and
+its `run_id` follows from it alone: no clock, so every rank and every repetition agrees on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from cutmix_exp import schema
+from cutmix_exp.aug.base import Regularizer
+from cutmix_exp.data.sources import Dataset
+from cutmix_exp.errors import UserError
+from cutmix_exp.models.base import Model
+from cutmix_exp.schema import option
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The recipe: SGD and a step schedule.
+
+    Attributes:
+        full_epochs: the length of the published recipe.
+        epochs: what is trained; None is the budget's share of `full_epochs`.
+        batch_size: global: of all devices together.
+        lr, momentum, nesterov, weight_decay: of SGD; the decay acts on all parameters.
+        milestones: shares of the training after which `lr` is multiplied by `gamma`.
+    """
+
+    name: str = option(identity=False)
+    full_epochs: int = option(ge=1, identity=False)
+    epochs: int | None = option(None, ge=1)
+    batch_size: int = option(64, ge=1)
+    lr: float = option(gt=0)
+    momentum: float = option(0.9, ge=0, lt=1)
+    nesterov: bool = True
+    weight_decay: float = option(1e-4, ge=0)
+    milestones: tuple[float, ...] = option((0.5, 0.75), ge=0, le=1)
+    gamma: float = option(0.1, gt=0, le=1)
+
+    def __post_init__(self) -> None:
+        if self.nesterov and not self.momentum:
+            raise UserError("schedule.nesterov=true needs schedule.momentum above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How much of a recipe is trained: a number of epochs, never a time, equal for all methods.
+
+    Attributes:
+        fraction: of the schedule's `full_epochs`, where `epochs` does not name the data set.
+        epochs: number of epochs by `dataset` or `dataset/model`.
+    """
+
+    name: str
+    fraction: float = option(1.0, gt=0, le=1)
+    epochs: dict[str, int] = option(factory=dict, ge=1)
+
+    def epochs_for(self, dataset: str, model: str, full_epochs: int) -> int:
+        for key in (f"{dataset}/{model}", dataset):
+            if key in self.epochs:
+                return self.epochs[key]
+        return max(1, round(self.fraction * full_epochs))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """How the training is carried out.
+
+    Attributes:
+        max_steps: stop after so many optimizer steps; None trains all epochs.
+        accumulate: number of micro-batches whose gradients make one update.
+        bn_group_size: images that share BatchNorm statistics; None is what one device sees at
+            once. The authors' CIFAR runs had 32 (batch 64 on two GPUs under DataParallel).
+        sync_bn: BatchNorm statistics over all devices (GPUs only).
+        deterministic: the same bits from the same command on the same hardware.
+        compile: torch.compile the network.
+    """
+
+    max_steps: int | None = option(None, ge=1)
+    accumulate: int = option(1, ge=1, identity=False)
+    bn_group_size: int | None = option(None, ge=1)
+    sync_bn: bool = False
+    deterministic: bool = True
+    compile: bool = option(False, identity=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """When checkpoints are written (always at the end, and before the run stops).
+
+    Attributes:
+        every_epochs: after so many epochs.
+        every_minutes: and within an epoch, after so many minutes.
+    """
+
+    every_epochs: int = option(1, ge=1)
+    every_minutes: float = option(10.0, gt=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logging:
+    """What is logged.
+
+    Attributes:
+        grid: number of augmented training images in TensorBoard's picture.
+    """
+
+    grid: int = option(16, ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run. Top-level fields are the contract of docs/design.md.
+
+    Attributes:
+        seed: of everything random.
+        devices: processes on this machine, one device each; None is 1, or torchrun's number.
+        device: `auto` is cuda where there is a GPU.
+        precision: `auto` is bf16 where the hardware has it, else fp32.
+        runs_dir: where run directories are made.
+        force: start over, even if the run is there already.
+        profile: leave a torch.profiler trace of some steps in the run directory.
+    """
+
+    seed: int = option(0, ge=0)
+    devices: int | None = option(None, ge=1, identity=False)
+    device: Literal["auto", "cpu", "cuda"] = option("auto", identity=False)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    runs_dir: str = option("runs", identity=False)
+    force: bool = option(False, identity=False)
+    profile: bool = option(False, identity=False)
+    dataset: Dataset
+    model: Model
+    aug: Regularizer = field(default_factory=Regularizer)
+    schedule: Schedule
+    budget: Budget = option(identity=False)
+    trainer: Trainer = field(default_factory=Trainer)
+    checkpoint: Checkpoint = option(factory=Checkpoint, identity=False)
+    logging: Logging = option(factory=Logging, identity=False)
+
+    def __post_init__(self) -> None:
+        for name in (self.dataset.name, self.model.name, *self.aug.atoms):
+            if not re.fullmatch(r"[A-Za-z0-9_.]*[A-Za-z0-9_]", name):
+                raise UserError(
+                    f"the name {name!r} would name a folder; letters, digits, '_' and '.' are allowed"
+                )
+
+    # What follows holds for resolved configs.
+
+    @property
+    def world_size(self) -> int:
+        assert self.devices is not None, "resolve() comes first"
+        return self.devices
+
+    @property
+    def epochs(self) -> int:
+        assert self.schedule.epochs is not None, "resolve() comes first"
+        return self.schedule.epochs
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.precision]
+
+    @property
+    def bn_groups(self) -> int:
+        """Number of groups that a full global batch falls into for BatchNorm."""
+        if self.trainer.bn_group_size is not None:
+            return self.schedule.batch_size // self.trainer.bn_group_size
+        return self.trainer.accumulate * (1 if self.trainer.sync_bn else self.world_size)
+
+    @property
+    def bn_group_size(self) -> int:
+        """Images that share BatchNorm statistics (rounded up where shares differ by one)."""
+        return self.trainer.bn_group_size or -(-self.schedule.batch_size // self.bn_groups)
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that can move a number, the seed apart."""
+        known: dict[str, Any] = schema.identity_of(self)
+        known.pop("seed")
+        known["trainer"]["bn_group_size"] = self.bn_group_size
+        known["trainer"].pop("sync_bn")
+        return known
+
+    def cell(self) -> str:
+        """Hash of the identity without precision and BatchNorm group size: a table's row finds
+        its records by it and prints those two as caveats."""
+        known = self.identity()
+        known.pop("precision")
+        known["trainer"].pop("bn_group_size")
+        return _hash(known)
+
+    @property
+    def run_id(self) -> str:
+        parts = (self.dataset.name, self.model.name, self.aug.name, _hash(self.identity()))
+        return f"{'-'.join(parts)}-s{self.seed}"
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.run_id
+
+    def to_dict(self) -> dict[str, Any]:
+        plain: dict[str, Any] = schema.to_dict(self)
+        return plain
+
+
+def _hash(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def from_dict(data: Any) -> Config:
+    """A config from plain containers, checked but not resolved. Raises UserError."""
+    return schema.build(Config, data)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a config is resolved against; tests and dry runs make their own."""
+
+    gpus: int
+    bf16: bool
+    torchrun_world: int | None = None
+
+    @classmethod
+    def here(cls) -> Hardware:
+        world = os.environ.get("WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else None
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        bf16 = torch.cuda.is_bf16_supported() if gpus else cpu_has_bf16()
+        return cls(gpus, bf16, None if world is None else int(world))
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def resolve(config: Config, hardware: Hardware | None = None) -> Config:
+    """Fill in every field that follows from others, and check what only shows then.
+
+    Raises:
+        UserError: the machine lacks the device or precision, the batch cannot be dealt to the
+            devices, the model does not fit the images, ...
+    """
+    hardware = hardware or Hardware.here()
+    dataset, schedule = config.dataset, config.schedule
+    epochs = schedule.epochs or config.budget.epochs_for(
+        dataset.name, config.model.name, schedule.full_epochs
+    )
+    device = _device(config, hardware)
+    resolved = replace(
+        config,
+        device=device,
+        devices=_devices(config, device, hardware),
+        precision=_precision(config, device, hardware),
+        model=config.model.resolve(dataset.image_size),
+        aug=config.aug.resolve(dataset.image_size),
+        schedule=replace(schedule, epochs=epochs),
+    )
+    _check_batch(resolved)
+    return resolved
+
+
+def _device(config: Config, hardware: Hardware) -> Literal["cpu", "cuda"]:
+    if config.device == "cuda" and not hardware.gpus:
+        raise UserError(
+            "device=cuda, but this machine has no CUDA GPU; use device=cpu or device=auto"
+        )
+    if config.device == "auto":
+        return "cuda" if hardware.gpus else "cpu"
+    return config.device
+
+
+def _devices(config: Config, device: str, hardware: Hardware) -> int:
+    if hardware.torchrun_world is not None:
+        if config.devices not in (None, hardware.torchrun_world):
+            raise UserError(
+                f"devices={config.devices}, but torchrun started {hardware.torchrun_world} processes; "
+                "leave devices out under torchrun"
+            )
+        return hardware.torchrun_world
+    devices = config.devices or 1
+    if device == "cuda" and devices > hardware.gpus:
+        raise UserError(f"devices={devices}, but this machine has {hardware.gpus} GPUs")
+    return devices
+
+
+def _precision(config: Config, device: str, hardware: Hardware) -> Precision:
+    if config.precision == "auto":
+        return "bf16" if hardware.bf16 else "fp32"
+    if config.precision == "bf16" and not hardware.bf16:
+        raise UserError(
+            "precision=bf16, but this machine has no bf16 arithmetic; use precision=fp32"
+        )
+    if config.precision == "fp16" and device == "cpu":
+        raise UserError("precision=fp16 needs a GPU; use precision=bf16 or precision=fp32")
+    return config.precision
+
+
+def _check_batch(config: Config) -> None:
+    batch, trainer = config.schedule.batch_size, config.trainer
+    parts = config.world_size * trainer.accumulate
+    if batch < parts:
+        raise UserError(
+            f"schedule.batch_size={batch} is smaller than the {config.world_size} devices x "
+            f"{trainer.accumulate} accumulated micro-batches; use at least {parts}, or fewer devices"
+        )
+    if trainer.sync_bn and config.device == "cpu" and config.world_size > 1:
+        raise UserError(
+            "trainer.sync_bn=true needs GPUs; on CPUs use fixed groups: trainer.bn_group_size=N"
+        )
+    if trainer.bn_group_size is not None:
+        if trainer.sync_bn:
+            raise UserError("trainer.bn_group_size and trainer.sync_bn=true exclude each other")
+        size = trainer.bn_group_size
+        if batch % size or (batch // size) % parts:
+            allowed = [batch // n for n in range(parts, batch + 1, parts) if batch % n == 0]
+            raise UserError(
+                f"trainer.bn_group_size={size}: a batch of {batch} on {config.world_size} devices x "
+                f"{trainer.accumulate} micro-batches must fall into whole groups on each; "
+                f"allowed: {', '.join(map(str, allowed)) or 'none, change the batch size'}"
+            )
+
+
+def compose(overrides: list[str]) -> dict[str, Any]:
+    """Compose the config groups as `train.py` does, without Hydra's main.
+
+    Raises:
+        UserError: unknown group, option or field.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    saved = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra_messages(overrides), initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            composed = OmegaConf.to_container(hydra_compose("train", overrides), resolve=True)
+    finally:
+        GlobalHydra.instance().hydra = saved
+    assert isinstance(composed, dict)
+    return {str(key): value for key, value in composed.items()}
+
+
+class hydra_messages:
+    """Turns Hydra's and OmegaConf's errors into `UserError` with a hint that helps here.
+
+    Args:
+        overrides: the command line's, to know which options were chosen.
+    """
+
+    def __init__(self, overrides: list[str]) -> None:
+        self.overrides = overrides
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        from hydra.errors import HydraException
+        from omegaconf.errors import OmegaConfBaseException
+
+        if isinstance(error, (HydraException, OmegaConfBaseException)):
+            raise UserError(_readable(str(error), self.overrides)) from None
+
+
+def _readable(message: str, overrides: list[str]) -> str:
+    found = re.match(r"Could not override '([^']+)'", message)
+    if not found:
+        message = message.split("\nConfig search path")[0].split("\nSee https://hydra")[0]
+        return re.sub(r"^In '[^']*': ", "", message)
+    path = found[1]
+    allowed = _fields_near(path, overrides)
+    if allowed is None:
+        group = path.rpartition(".")[0]
+        return f"there is no field '{path}': the chosen option of '{group.split('.')[0]}' has no '{group}'"
+    return schema.unknown_field(path, allowed)
+
+
+def _fields_near(path: str, overrides: list[str]) -> list[str] | None:
+    """The fields beside `path` in the chosen options; None where there is no such place."""
+    choices = [o for o in overrides if (CONFIG_DIR / o.partition("=")[0]).is_dir() and "," not in o]
+    try:
+        node: Any = compose(choices)
+    except UserError:
+        return None
+    for name in path.split(".")[:-1]:
+        node = node.get(name) if isinstance(node, dict) else None
+    return sorted(k for k in node if k != "_target_") if isinstance(node, dict) else None
