@@ -1,0 +1,1 @@
+"""Regularizers: four slots, sampled first and applied after (see docs/design.md)."""

@@ -1,0 +1,199 @@
+"""What a regularizer is: four slots, each filled by small frozen dataclasses.
+
+* `image`: changes one image alone (Cutout). Ordered; applied after normalisation.
+* `mix`: combines each image with partners and says how their labels are weighted (CutMix, Mixup).
+* `network`: acts inside the network (stochastic depth, ShakeDrop).
+* `label_smoothing`: of the loss.
+
+Image operations and mixers work in two steps. `sample` draws a plan for the whole *global* batch
+on the host; `apply` is a pure function of plan and tensors. A test can therefore inject a plan,
+a rank can apply its slice of it, and nothing about a draw is ever stored in an object.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cutmix_exp.errors import UserError
+from cutmix_exp.schema import Part, option
+
+Slot = Literal["image", "mix", "network", "label"]
+Partner = Literal["permutation", "roll", "flip"]
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """Size of a global batch of images."""
+
+    batch: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class MixPlan:
+    """One draw of a mixer for the B images of a global batch, made of S sources each.
+
+    Source 0 of an image is the image itself; `partners` says which images are the others.
+
+    Attributes:
+        partners: int64 [S-1, B], positions in the global batch.
+        weights: float32 [S, B], label weight of each source; every column sums to exactly 1.
+        boxes: int64 [B, 4] as (top, left, bottom, right), bottom and right exclusive; None where
+            the mixer has no boxes.
+    """
+
+    partners: np.ndarray
+    weights: np.ndarray
+    boxes: np.ndarray | None = None
+
+    @property
+    def num_sources(self) -> int:
+        return len(self.weights)
+
+    def at(self, positions: np.ndarray) -> MixPlan:
+        """The plan of some positions of the batch; `partners` still point into the global batch."""
+        boxes = None if self.boxes is None else self.boxes[positions]
+        return MixPlan(self.partners[:, positions], self.weights[:, positions], boxes)
+
+
+def unmixed(batch: int) -> MixPlan:
+    """The plan that leaves every image and label alone."""
+    return MixPlan(np.empty((0, batch), np.int64), np.ones((1, batch), np.float32))
+
+
+def two_weights(host_share: np.ndarray) -> np.ndarray:
+    """Label weights [2, B] float32 from the host's share [B], summing to exactly 1.
+
+    The share is rounded to a multiple of 2**-24, the spacing of float32 just below 1: then both
+    weights are representable and their sum has no rounding error, whatever the order.
+    """
+    host = (np.rint(np.asarray(host_share, np.float64) * 2**24) / 2**24).astype(np.float32)
+    return np.stack([host, np.float32(1) - host])
+
+
+def draw_partner(kind: Partner, batch: int, rng: np.random.Generator) -> np.ndarray:
+    """Partner of each position, int64 [B]: a permutation (the authors), the previous image
+    (torchvision) or the mirrored position (timm). The permutation is drawn in any case, so that
+    the kind of partner does not shift what is drawn next."""
+    permutation = rng.permutation(batch)
+    order = np.arange(batch)
+    return {"permutation": permutation, "roll": np.roll(order, 1), "flip": order[::-1].copy()}[kind]
+
+
+def mix_targets(plan: MixPlan, sources: list[Tensor]) -> Tensor:
+    """Soft labels [n, K] float32: the sources' labels [n, K] weighted as the plan says."""
+    weights = torch.from_numpy(plan.weights).to(sources[0].device)
+    mixed = sources[0].float() * weights[0, :, None]
+    for weight, source in zip(weights[1:], sources[1:], strict=True):
+        mixed = mixed + source.float() * weight[:, None]
+    return mixed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixer(Part):
+    """Slot `mix`. Subclasses draw a `MixPlan` and combine images accordingly."""
+
+    def resolve(self, image_size: int) -> Mixer:
+        """Fill in defaults that depend on the image's side in pixels; explicit values win."""
+        return self
+
+    def sample(self, shape: BatchShape, progress: float, rng: np.random.Generator) -> MixPlan:
+        """Draw a plan for a global batch; `progress` is the share of the training that is done."""
+        raise NotImplementedError
+
+    def apply(self, plan: MixPlan, sources: list[Tensor]) -> Tensor:
+        """Combine `plan.num_sources` image tensors [n, C, H, W] into one; inputs stay as they are."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoMix(Mixer):
+    """Off is an object: every image keeps its own pixels and label."""
+
+    def sample(self, shape: BatchShape, progress: float, rng: np.random.Generator) -> MixPlan:
+        return unmixed(shape.batch)
+
+    def apply(self, plan: MixPlan, sources: list[Tensor]) -> Tensor:
+        return sources[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOp(Part):
+    """Slot `image`. A plan is an array whose first axis is the position in the global batch."""
+
+    def resolve(self, image_size: int) -> ImageOp:
+        """Fill in defaults that depend on the image's side in pixels; explicit values win."""
+        return self
+
+    def sample(self, shape: BatchShape, rng: np.random.Generator) -> np.ndarray:
+        raise NotImplementedError
+
+    def apply(self, plan: np.ndarray, images: Tensor) -> Tensor:
+        """Change normalised images [n, C, H, W] as the plan of those n positions says."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOp(Part):
+    """Slot `network`. Changes a freshly built network."""
+
+    def attach(self, model: torch.nn.Module) -> torch.nn.Module:
+        raise NotImplementedError
+
+
+def _no_mix() -> Mixer:
+    return NoMix()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regularizer:
+    """The config group `aug`: what is in the four slots, and the atoms that put it there."""
+
+    slots: ClassVar[tuple[str, ...]] = ("image", "mix", "network", "label")
+
+    atoms: dict[str, Slot] = option(factory=dict, identity=False)
+    image: dict[str, ImageOp] = field(default_factory=dict)
+    mix: Mixer = option(factory=_no_mix)
+    network: dict[str, NetworkOp] = field(default_factory=dict)
+    label_smoothing: float = option(0.0, ge=0, lt=1)
+
+    @staticmethod
+    def check_raw(data: dict[str, Any]) -> None:
+        """Refuse two mixers: Hydra has merged them field by field, into something nobody asked for."""
+        mixers = [name for name, slot in (data.get("atoms") or {}).items() if slot == "mix"]
+        if len(mixers) > 1:
+            raise UserError(
+                f"aug=[{','.join(mixers)}]: both fill the slot 'mix', which holds one mixer; "
+                f"choose one of them: aug={mixers[0]} or aug={mixers[-1]}"
+            )
+
+    def __post_init__(self) -> None:
+        for slot in ("image", "network"):
+            held, named = set(getattr(self, slot)), {n for n, s in self.atoms.items() if s == slot}
+            if held != named:
+                odd = ", ".join(sorted(held ^ named))
+                raise UserError(f"the slot '{slot}' and the atoms disagree about {odd}")
+        if "mix" not in self.atoms.values() and not isinstance(self.mix, NoMix):
+            raise UserError("the slot 'mix' is filled, but no atom names it; choose it by aug=NAME")
+
+    @property
+    def name(self) -> str:
+        """`baseline`, or the atoms' names joined by `+` in the order of the slots."""
+        ordered = [n for slot in self.slots for n, s in self.atoms.items() if s == slot]
+        return "+".join(ordered) or "baseline"
+
+    def resolve(self, image_size: int) -> Regularizer:
+        """The one place where defaults that depend on the image are filled in."""
+        image = {name: op.resolve(image_size) for name, op in self.image.items()}
+        return replace(self, image=image, mix=self.mix.resolve(image_size))
+
+    def protocol(self) -> dict[str, Any]:
+        """Every switch of the mixer that can move a number, by the field's name."""
+        fields = getattr(self.mix, "__dataclass_fields__", {})
+        return {name: getattr(self.mix, name) for name in fields}
