@@ -1,0 +1,1 @@
+"""Networks. Each is a config part (`Model`) that builds a plain `nn.Module`."""

@@ -1,0 +1,137 @@
+"""What a model of the config is, and what all its networks have in common."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cutmix_exp.errors import UserError
+from cutmix_exp.schema import Part
+
+Family = Literal["cifar", "imagenet"]
+Block = Literal["basic", "bottleneck"]
+
+SMALL_IMAGE = 64
+"""Images up to this side are CIFAR-like: networks keep their resolution longer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Part):
+    """The config group `model`. Fields that are None follow the image size.
+
+    Attributes:
+        memory_format: in which layout of tensors the network is fastest.
+    """
+
+    memory_format: ClassVar[torch.memory_format] = torch.channels_last
+
+    name: str
+
+    def resolve(self, image_size: int) -> Model:
+        """Fill in what depends on the image's side in pixels; explicit values win.
+
+        Raises:
+            UserError: a depth that fits no layout, an image too small for the strides.
+        """
+        return self
+
+    def build(self, num_classes: int) -> nn.Module:
+        """A network for float images [B, 3, H, W] that returns logits [B, num_classes]."""
+        raise NotImplementedError
+
+
+class StagedNetwork(nn.Module):
+    """stem, stage1, stage2, ..., head: a hook finds "after stage k" by name.
+
+    Attributes:
+        stages: the names of the stages, in order.
+    """
+
+    def __init__(self, stem: nn.Module, stages: list[nn.Module], head: nn.Module) -> None:
+        super().__init__()
+        self.stem = stem
+        self.stages = tuple(f"stage{i + 1}" for i in range(len(stages)))
+        for name, stage in zip(self.stages, stages, strict=True):
+            self.add_module(name, stage)
+        self.head = head
+        initialise(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.stem(images)
+        for name in self.stages:
+            features = getattr(self, name)(features)
+        return self.head(features)
+
+
+class PooledLinear(nn.Module):
+    """Global average pooling and the classifier; averages over any map size."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(channels, num_classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.fc(features.mean((2, 3)))
+
+
+def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    """A convolution without bias that keeps H and W up to the stride."""
+    return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+
+
+def imagenet_stem(channels: int) -> nn.Sequential:
+    """7x7 stride 2, BN, ReLU, 3x3 max pooling stride 2."""
+    return nn.Sequential(
+        conv(3, channels, 7, 2), nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+    )
+
+
+def initialise(network: nn.Module) -> None:
+    """He's normal initialisation by the fan-out k*k*C_out of each convolution (not divided by the
+    groups), unit BatchNorm scales, zero shifts; linear layers keep torch's default. As in the
+    CutMix authors' resnet.py and pyramidnet.py."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
+            nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+def blocks_per_stage(name: str, depth: int, per_block: int, offset: int = 2) -> int:
+    """How many blocks a three-stage network of `depth` layers has in each stage.
+
+    Raises:
+        UserError: the depth fits no whole number of blocks.
+    """
+    unit = 3 * per_block
+    if depth <= offset or (depth - offset) % unit:
+        below = max(1, (depth - offset) // unit)
+        near = f"{unit * below + offset} and {unit * (below + 1) + offset}"
+        raise UserError(
+            f"model.depth={depth} fits no three-stage {name}: "
+            f"it must be {unit}n+{offset}; the nearest are {near}"
+        )
+    return (depth - offset) // unit
+
+
+def check_image(name: str, image_size: int, stride: int) -> None:
+    """Raises UserError if an image of this side vanishes under the network's total stride."""
+    if image_size < stride:
+        raise UserError(
+            f"the images are too small for {name}: {image_size} px, but its total stride is {stride}; "
+            f"use images of at least {stride} px (dataset.image_size) or a model with fewer strides"
+        )
+
+
+def count_parameters(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def family(image_size: int) -> Family:
+    return "cifar" if image_size <= SMALL_IMAGE else "imagenet"

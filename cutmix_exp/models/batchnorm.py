@@ -1,0 +1,82 @@
+"""BatchNorm in fixed groups: statistics over so many images, whatever the device sees at once.
+
+One GPU can thus reproduce the authors' runs, where DataParallel gave each of two GPUs half of the
+batch. Groups are contiguous positions of the global batch, and a partial batch falls into as many
+groups as a full one, as under DataParallel.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class BatchGroups:
+    """How the images of the current forward pass fall into groups; one object for a network.
+
+    Attributes:
+        sizes: images in each group of this device; set before each training step.
+    """
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def set(self, batch: int, num_groups: int, positions: np.ndarray) -> None:
+        """Cut `positions` (contiguous, of a global batch of `batch` images in `num_groups` groups)
+        where the groups end."""
+        edges = np.arange(num_groups + 1) * batch // num_groups
+        first, last = int(positions[0]), int(positions[-1]) + 1
+        inside = [int(e) for e in edges if first < e < last]
+        self.sizes = np.diff([first, *inside, last]).tolist()
+
+
+class GroupedBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d with statistics per group in training; running statistics take the groups' mean.
+
+    In evaluation it is plain BatchNorm2d, and it has the same state.
+    """
+
+    groups: BatchGroups
+
+    @classmethod
+    def convert(cls, norm: nn.BatchNorm2d, groups: BatchGroups) -> GroupedBatchNorm2d:
+        """A grouped layer that shares the tensors of `norm`."""
+        grouped = cls(norm.num_features, norm.eps, norm.momentum, norm.affine)
+        grouped.load_state_dict(norm.state_dict())
+        grouped.weight, grouped.bias = norm.weight, norm.bias
+        grouped.groups = groups
+        return grouped
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = self.groups.sizes
+        if not self.training or len(sizes) <= 1:
+            return super().forward(x)
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        outputs, means, variances = [], [], []
+        for part in x.split(sizes):
+            mean, variance = self.running_mean.clone(), self.running_var.clone()
+            outputs.append(
+                F.batch_norm(
+                    part, mean, variance, self.weight, self.bias, True, self.momentum, self.eps
+                )
+            )
+            means.append(mean)
+            variances.append(variance)
+        with torch.no_grad():
+            # The update is linear in the statistics, so the mean of the groups' updates is the
+            # update by their mean, on one device as on several.
+            self.running_mean.copy_(torch.stack(means).mean(0))
+            self.running_var.copy_(torch.stack(variances).mean(0))
+            self.num_batches_tracked.add_(1)
+        return torch.cat(outputs)
+
+
+def group_batchnorm(network: nn.Module, groups: BatchGroups) -> None:
+    """Replace every BatchNorm2d of a network by a grouped one."""
+    for module in network.modules():
+        for name, child in module.named_children():
+            if type(child) is nn.BatchNorm2d:
+                setattr(module, name, GroupedBatchNorm2d.convert(child, groups))
