@@ -1,0 +1,104 @@
+"""One process or many: the same calls, which do nothing where there is nothing to do."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others.
+
+    Attributes:
+        rank, size: its number and how many there are.
+        device: where it computes.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's object (tensors on the CPU, plain containers), in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        out: list[Any] = [None] * self.size
+        dist.all_gather_object(out, value)
+        return out
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's object on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def average_(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor by its mean over the ranks."""
+        if self.size > 1 and tensors:
+            flat = torch.cat([t.flatten() for t in tensors])
+            dist.all_reduce(flat)
+            flat /= self.size
+            for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+                tensor.copy_(mean.view_as(tensor))
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def wrap(self, network: nn.Module, *, sync_bn: bool) -> nn.Module:
+        """DistributedDataParallel, where there are other ranks. BatchNorm buffers stay each rank's
+        own; the trainer averages them where that is due."""
+        if self.size == 1:
+            return network
+        if sync_bn:
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        devices = [self.device] if self.device.type == "cuda" else None
+        with warnings.catch_warnings():
+            # torch 2.15 announces a successor of broadcast_buffers that 2.11 does not have.
+            warnings.simplefilter("ignore", FutureWarning)
+            return nn.parallel.DistributedDataParallel(
+                network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+
+@contextmanager
+def world_of(device_type: str) -> Iterator[World]:
+    """Join the process group that the launcher's environment describes (one process: none).
+
+    CPU cores are dealt out evenly to the processes of this machine.
+    """
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device(device_type)
+    if device_type == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield World(rank, size, device)
+        return
+    if device_type == "cpu":
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    try:
+        yield World(rank, size, device)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Evaluators: they read a network and data, and change neither."""

@@ -1,0 +1,93 @@
+"""Classification: loss, top-1 and top-5 error of a set, each image counted once.
+
+Fixed whole batches are dealt to the ranks, the last one padded, so every image meets the same
+batch whatever the number of processes; and the sums are taken in the order of the images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cutmix_exp.data.pipeline import Normalizer
+from cutmix_exp.data.sources import ImageSet
+from cutmix_exp.distributed import World
+
+BATCH = 250
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a network says of each of N images.
+
+    Attributes:
+        loss: float32 [N], cross-entropy with the true label, in nats.
+        label, predicted: int64 [N].
+        confidence: float32 [N], the softmax of the predicted class.
+        in_top1, in_top5: bool [N], whether the true label is among the best one or five.
+    """
+
+    loss: np.ndarray
+    label: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+    in_top1: np.ndarray
+    in_top5: np.ndarray
+
+    def metrics(self) -> dict[str, float]:
+        """`loss`, and `top1_error` and `top5_error` in percent."""
+        return {
+            "loss": float(self.loss.astype(np.float64).mean()),
+            "top1_error": 100.0 * int((~self.in_top1).sum()) / len(self.label),
+            "top5_error": 100.0 * int((~self.in_top5).sum()) / len(self.label),
+        }
+
+
+@torch.no_grad()
+def predict(
+    network: nn.Module,
+    data: ImageSet,
+    normalize: Normalizer,
+    world: World,
+    dtype: torch.dtype,
+) -> Predictions:
+    """Predictions for all images of a set that is on the device; every rank gets all of them.
+
+    The network's training mode is restored. A non-finite output counts as an error.
+    """
+    was_training = network.training
+    network.eval()
+    size, batch = len(data), min(BATCH, len(data))
+    mine: list[tuple[int, dict[str, np.ndarray]]] = []
+    for number in range(world.rank, -(-size // batch), world.size):
+        first = number * batch
+        index = torch.arange(first, first + batch, device=data.labels.device).clamp_(max=size - 1)
+        labels = data.labels[index]
+        with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
+            logits = network(normalize(data.images[index]))
+        real = min(batch, size - first)
+        mine.append((number, _read_off(logits.float()[:real], labels[:real])))
+    network.train(was_training)
+    batches = sorted(
+        (item for part in world.gather(mine) for item in part), key=lambda item: item[0]
+    )
+    columns = {name: np.concatenate([b[name] for _, b in batches]) for name in batches[0][1]}
+    return Predictions(**columns)
+
+
+def _read_off(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, np.ndarray]:
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    hits = (best == labels[:, None]) & logits.isfinite().all(1, keepdim=True)
+    out = {
+        "loss": F.cross_entropy(logits, labels, reduction="none"),
+        "label": labels,
+        "predicted": best[:, 0],
+        "confidence": logits.softmax(1).amax(1),
+        "in_top1": hits[:, 0],
+        "in_top5": hits.any(1),
+    }
+    return {name: value.cpu().numpy() for name, value in out.items()}

@@ -1,0 +1,1 @@
+"""The one trainer that all experiments share."""

@@ -1,0 +1,378 @@
+"""The trainer: one loop for every experiment. It names no method: what a regularizer does is in
+the batch that the pipeline serves, in the network, and in the smoothing of the loss."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cutmix_exp.config import Config
+from cutmix_exp.data.pipeline import BatchPlan, ResidentPipeline
+from cutmix_exp.data.sampling import share
+from cutmix_exp.data.sources import Splits
+from cutmix_exp.distributed import World
+from cutmix_exp.errors import UserError
+from cutmix_exp.evaluation.classification import Predictions, predict
+from cutmix_exp.models.batchnorm import BatchGroups, group_batchnorm
+from cutmix_exp.seeding import torch_seed
+from cutmix_exp.training.checkpoint import load_checkpoint, save_checkpoint
+from cutmix_exp.training.logging import Line, Reporter
+from cutmix_exp.training.optim import learning_rate, make_optimizer
+
+PROBE = 2000
+"""Training images, without augmentation, on which the train error is measured after each epoch."""
+
+
+class Log(Protocol):
+    """Where metrics go: see training/logging.py."""
+
+    def write(self, line: Line) -> None: ...
+    def grid(self, images: Tensor) -> None: ...
+    def close(self, metrics: dict[str, float]) -> None: ...
+
+
+class TrainingFailed(UserError):
+    """The training cannot go on."""
+
+
+class RunningSums:
+    """Sums over the images of an epoch, on the device: reading them is what synchronises."""
+
+    def __init__(self, device: torch.device) -> None:
+        # loss, top-1 and top-5 error against the mixed targets, number of images
+        self.values = torch.zeros(4, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, losses: Tensor, logits: Tensor, targets: Tensor) -> None:
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        mass = targets.gather(1, best)  # of the label, on each of the best classes
+        rows = [losses, 1 - mass[:, 0], 1 - mass.sum(1), torch.ones_like(losses)]
+        self.values += torch.stack(rows).double().sum(1)
+
+    def load(self, values: list[float]) -> None:
+        self.values.copy_(torch.tensor(values, dtype=torch.float64))
+
+
+class Trainer:
+    """Trains one network for one config.
+
+    Attributes:
+        epoch, epoch_step, step: where the training stands: finished epochs, finished steps of the
+            current epoch, and optimizer steps in all.
+        lines: the lines of metrics.jsonl so far.
+        seconds: time spent in training steps and evaluations, over all starts of the run.
+    """
+
+    def __init__(self, config: Config, splits: Splits, world: World, report: Reporter) -> None:
+        self.config, self.world, self.report = config, world, report
+        set_determinism(config.trainer.deterministic)
+        self.pipeline = ResidentPipeline(
+            splits.train,
+            config.dataset,
+            config.aug,
+            seed=config.seed,
+            batch_size=config.schedule.batch_size,
+            device=world.device,
+        )
+        self.test = splits.test.to(world.device)
+        self.val = None if splits.val is None else splits.val.to(world.device)
+        self.probe = splits.train.at(np.arange(min(PROBE, len(splits.train)))).to(world.device)
+
+        self.model = make_model(config).to(memory_format=config.model.memory_format)
+        self.model.to(world.device)
+        self.groups = BatchGroups()
+        if config.trainer.bn_group_size is not None:
+            group_batchnorm(self.model, self.groups)
+        compiled: Any = torch.compile(self.model) if config.trainer.compile else self.model
+        self.network: nn.Module = world.wrap(compiled, sync_bn=config.trainer.sync_bn)
+        self.optimizer = make_optimizer(config.schedule, self.model)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
+
+        self.epoch = self.epoch_step = self.step = 0
+        self.lines: list[Line] = []
+        self.seconds = 0.0
+        self.sums = RunningSums(world.device)
+        self.checkpoints = config.run_dir / "checkpoints"
+        self.profiler = profiler(config.run_dir) if config.profile else None
+
+    # ---------------------------------------------------------------------------- training
+
+    @property
+    def finished(self) -> bool:
+        limit = self.config.trainer.max_steps or math.inf
+        return self.epoch >= self.config.epochs or self.step >= limit
+
+    def fit(self, log: Log) -> Predictions:
+        """Train to the end; returns the predictions of the last network on the test set.
+
+        Raises:
+            TrainingFailed: the loss is not finite.
+        """
+        self.network.train()
+        self.clock = self.saved_at = time.monotonic()
+        self.show_images(log)
+        predictions = None
+        while not self.finished:
+            self.train_epoch()
+            predictions = self.finish_epoch(log)
+            if self.finished or self.epoch % self.config.checkpoint.every_epochs == 0:
+                self.save()
+        return predictions or self.predict(self.test)
+
+    def train_epoch(self) -> None:
+        rate = learning_rate(self.config.schedule, self.epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        total = self.pipeline.steps_per_epoch
+        progress = f"epoch {self.epoch + 1}/{self.config.epochs}"
+        self.epoch_clock, self.epoch_images = time.monotonic(), 0
+        for epoch_step in self.report.steps(progress, self.epoch_step, total):
+            done = (self.epoch + epoch_step / total) / self.config.epochs
+            plan = self.pipeline.plan(self.epoch, epoch_step, done)
+            self.train_step(plan)
+            self.epoch_images += len(plan)
+            self.epoch_step, self.step = epoch_step + 1, self.step + 1
+            if self.profiler is not None:
+                self.profiler.step()
+            if self.finished:
+                break
+            self.save_if_due()
+        self.check_loss()
+
+    def train_step(self, plan: BatchPlan) -> None:
+        """One update: forward, loss, backward of each micro-batch, then the optimizer.
+
+        The loss is the mean over the global batch, whatever the ranks' shares: DDP averages over
+        the ranks, hence the factor.
+        """
+        parts = self.parts(len(plan))
+        for number, (positions, weight) in enumerate(parts, start=1):
+            batch = self.pipeline.batch(plan, positions)
+            self.groups.set(len(plan), self.config.bn_groups, positions)
+            with self.no_sync(number < len(parts)):
+                with self.autocast():
+                    logits = self.network(batch.images)
+                logits = logits.float()
+                losses = self.losses(logits, batch.targets)
+                scale = weight * self.world.size / batch.global_size
+                self.scaler.scale(losses.sum() * scale).backward()
+            if weight:
+                self.sums.add(losses, logits, batch.targets)
+        if self.world.device.type == "cpu":  # reading a loss on a GPU would make it wait
+            self.check_loss()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy [n] of logits [n, K] with soft targets [n, K]."""
+        smoothing = self.config.aug.label_smoothing
+        return F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+
+    def parts(self, batch: int) -> list[tuple[np.ndarray, float]]:
+        """This rank's micro-batches as (positions in the global batch, weight 1).
+
+        A rank without images (a last batch smaller than the number of ranks) takes an image of
+        another with weight 0, so that it joins every collective.
+        """
+        accumulate = self.config.trainer.accumulate
+        mine = range(self.world.rank * accumulate, (self.world.rank + 1) * accumulate)
+        cut = [share(batch, part, self.world.size * accumulate) for part in mine]
+        return [(p, 1.0) for p in cut if len(p)] or [(np.array([batch - 1]), 0.0)]
+
+    def autocast(self) -> torch.autocast:
+        dtype = self.config.dtype
+        return torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32)
+
+    def no_sync(self, wanted: bool) -> contextlib.AbstractContextManager[None]:
+        """Leave gradients where they are until the last micro-batch."""
+        if wanted and isinstance(self.network, nn.parallel.DistributedDataParallel):
+            return self.network.no_sync()
+        return contextlib.nullcontext()
+
+    def check_loss(self) -> None:
+        """Raises TrainingFailed if the sum of the losses is not finite."""
+        if math.isfinite(float(self.sums.values[0])):
+            return
+        last = self.checkpoints / "last.pt"
+        kept = (
+            f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
+        )
+        raise TrainingFailed(
+            f"the training loss is not finite: epoch {self.epoch + 1}, at or before step "
+            f"{self.step + 1}, rank {self.world.rank}; {kept}\n"
+            f"try a lower schedule.lr (now {self.config.schedule.lr}) or precision=fp32 "
+            f"(now {self.config.precision})"
+        )
+
+    # -------------------------------------------------------------------------- evaluation
+
+    def predict(self, data: Any) -> Predictions:
+        return predict(self.model, data, self.pipeline.normalize, self.world, self.config.dtype)
+
+    def finish_epoch(self, log: Log) -> Predictions:
+        """Evaluate and log; counts the epoch as finished if it is."""
+        elapsed = max(time.monotonic() - self.epoch_clock, 1e-9)
+        ranks = self.world.gather(self.sums.values.tolist())
+        loss, top1, top5, count = (sum(column) for column in zip(*ranks, strict=True))
+        self.sums.values.zero_()
+        self.world.average_([b for b in self.model.buffers() if b.is_floating_point()])
+        train = {
+            "loss": loss / count,
+            "top1_error": 100.0 * top1 / count,
+            "top5_error": 100.0 * top5 / count,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "images_per_second": self.epoch_images / elapsed,
+        }
+        if self.config.trainer.max_steps is None:
+            probe = self.predict(self.probe).metrics()
+            train |= {f"clean_{name}": value for name, value in probe.items()}
+        new = [self.line("train", train)]
+        if self.val is not None:
+            new.append(self.line("val", self.predict(self.val).metrics()))
+        predictions = self.predict(self.test)
+        new.append(self.line("test", predictions.metrics()))
+        for line in new:
+            log.write(line)
+        self.lines += new
+        if self.epoch_step == self.pipeline.steps_per_epoch:
+            self.epoch, self.epoch_step = self.epoch + 1, 0
+        if self.val is not None and best_epoch(self.lines, "val") == new[-1]["epoch"]:
+            self.save_best()
+        self.report.say(
+            f"epoch {new[-1]['epoch']}/{self.config.epochs}  step {self.step}  "
+            f"lr {train['lr']:g}  train loss {train['loss']:.4f}  "
+            + "".join(f"{n['split']} error {n['top1_error']:.2f} %  " for n in new[1:])
+            + f"{train['images_per_second']:.0f} images/s"
+        )
+        return predictions
+
+    def line(self, split: str, values: dict[str, float]) -> Line:
+        place = {"step": self.step, "epoch": self.epoch + 1, "split": split}
+        return place | values | {"time": round(time.time(), 3)}
+
+    def show_images(self, log: Log) -> None:
+        """One grid of the first batch, as the network sees it."""
+        count = min(self.config.logging.grid, self.config.schedule.batch_size, len(self.probe))
+        if count and self.world.is_main:
+            images = self.pipeline.batch(self.pipeline.plan(0, 0), np.arange(count)).images
+            log.grid(self.pipeline.normalize.inverse(images).cpu())
+
+    # ------------------------------------------------------------------------- checkpoints
+
+    def save_if_due(self) -> None:
+        due = time.monotonic() - self.saved_at > 60 * self.config.checkpoint.every_minutes
+        if self.world.size > 1 and self.step % 20:
+            return  # asking the other ranks at each step would cost more than it is worth
+        if self.world.broadcast(due):
+            self.check_loss()
+            self.save()
+
+    def save(self) -> None:
+        """Write last.pt: everything that the continued run needs to go on bit for bit.
+
+        BatchNorm's running statistics and the epoch's sums are each rank's own until the epoch's
+        end, so they are kept for each.
+        """
+        now = time.monotonic()
+        self.seconds += now - self.clock
+        self.clock = self.saved_at = now
+        buffers = {name: b.cpu() for name, b in self.model.named_buffers()}
+        ranks = self.world.gather({"buffers": buffers, "sums": self.sums.values.tolist()})
+        if self.world.is_main:
+            state = {
+                "run_id": self.config.run_id,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "ranks": ranks,
+                "epoch": self.epoch,
+                "epoch_step": self.epoch_step,
+                "step": self.step,
+                "lines": self.lines,
+                "seconds": self.seconds,
+            }
+            save_checkpoint(self.checkpoints / "last.pt", state)
+        self.world.barrier()
+
+    def save_best(self) -> None:
+        if self.world.is_main:
+            best = {"run_id": self.config.run_id, "model": self.model.state_dict()}
+            save_checkpoint(self.checkpoints / "best.pt", best | {"step": self.step})
+
+    def resume(self) -> bool:
+        """Continue from last.pt if it is there."""
+        file = self.checkpoints / "last.pt"
+        if not self.world.broadcast(file.exists()):
+            return False
+        state = load_checkpoint(file)
+        if state["run_id"] != self.config.run_id:
+            raise UserError(
+                f"{file} belongs to the run {state['run_id']}, not {self.config.run_id}"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        ranks = state["ranks"]
+        if len(ranks) == self.world.size:
+            own = ranks[self.world.rank]
+            buffers, sums = own["buffers"], own["sums"]
+        else:  # another number of ranks: the mean is what the epoch's end would have made of them
+            buffers = {
+                name: torch.stack([r["buffers"][name].double() for r in ranks]).mean(0)
+                for name in ranks[0]["buffers"]
+            }
+            total = [sum(column) for column in zip(*(r["sums"] for r in ranks), strict=True)]
+            sums = total if self.world.is_main else [0.0] * len(total)
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(buffers[name])
+        self.sums.load(sums)
+        for name in ("epoch", "epoch_step", "step", "lines", "seconds"):
+            setattr(self, name, state[name])
+        return True
+
+
+def make_model(config: Config) -> nn.Module:
+    """The network with the initial weights of the run's seed, whatever else was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch_seed(config.seed, "init"))
+        network = config.model.build(config.dataset.num_classes)
+    for op in config.aug.network.values():
+        network = op.attach(network)
+    return network
+
+
+def set_determinism(on: bool) -> None:
+    """The same bits from the same inputs on the same hardware."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+    torch.use_deterministic_algorithms(on)
+    # Filling fresh memory costs time and hides nothing here.
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
+    torch.backends.cudnn.benchmark = not on
+
+
+def best_epoch(lines: list[Line], split: str) -> int:
+    """The epoch of the lowest top-1 error; of equal ones the last, as in the authors' code."""
+    scored = [line for line in lines if line["split"] == split]
+    return int(min(reversed(scored), key=lambda line: line["top1_error"])["epoch"])
+
+
+def profiler(run_dir: Path) -> Any:
+    """A torch.profiler that leaves a trace of steps 3 to 6 in run_dir/profile."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    trace = torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=1, warmup=1, active=4, repeat=1),
+        on_trace_ready=torch.profiler.tensorboard_trace_handler(str(run_dir / "profile")),
+    )
+    trace.start()
+    return trace

@@ -1,0 +1,40 @@
+"""Train one run, or sweep many: python train.py model=pyramidnet aug=cutmix (see README.md)."""
+
+import os
+import sys
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from cutmix_exp.config import from_dict, hydra_messages, resolve
+from cutmix_exp.errors import UserError
+from cutmix_exp.launch import WorkerFailed, launch, under_torchrun
+
+
+@hydra.main(config_path="configs", config_name="train", version_base="1.3")
+def main(composed: DictConfig) -> None:
+    try:
+        launch(resolve(from_dict(OmegaConf.to_container(composed, resolve=True))))
+    except UserError as error:
+        tell(error, 2)
+    except WorkerFailed as error:
+        tell(error, 1)
+    except KeyboardInterrupt:
+        tell("interrupted; the same command continues from the last checkpoint", 130)
+
+
+def tell(error: object, status: int) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    # Hydra raises its errors instead of printing them its own way; they are told as ours are.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    if under_torchrun() and {"-m", "--multirun"} & set(sys.argv):
+        tell("-m does not work under torchrun; use: python train.py -m devices=N ...", 2)
+    try:
+        with hydra_messages([a for a in sys.argv[1:] if "=" in a]):
+            main()
+    except UserError as error:
+        tell(error, 2)
