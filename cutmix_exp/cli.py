@@ -1,0 +1,56 @@
+"""Command lines of the scripts: `name=value` as in train.py, checked by the same schema."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import yaml
+
+from cutmix_exp import schema
+from cutmix_exp.errors import UserError
+
+T = TypeVar("T")
+
+
+def parse(cls: type[T], arguments: list[str], *, rest: list[str] | None = None) -> T:
+    """Build the dataclass of a script's options from `name=value` words; values are YAML.
+
+    Words that are no option go to `rest`, if there is one (overrides of train.py), else they are
+    errors. `--help` prints the class's docstring.
+
+    Raises:
+        UserError: unknown option, wrong type or value.
+    """
+    if {"-h", "--help"} & set(arguments):
+        print(cls.__doc__)
+        raise SystemExit(0)
+    known = set(getattr(cls, "__dataclass_fields__", {}))
+    values = {}
+    for word in arguments:
+        name, equals, text = word.partition("=")
+        if rest is not None and equals and name not in known:
+            rest.append(word)
+            continue
+        if not equals:
+            raise UserError(
+                f"expected name=value, got {word!r}; options: {', '.join(sorted(known))}"
+            )
+        try:
+            values[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"{word!r} is no valid value: {error}") from None
+    return schema.build(cls, values)
+
+
+def main(command: Callable[[list[str]], int]) -> None:
+    """Run a script: a user's error is one message and exit status 2."""
+    try:
+        sys.exit(command(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with what is missing", file=sys.stderr)
+        sys.exit(130)

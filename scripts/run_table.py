@@ -1,0 +1,99 @@
+"""Run what is missing of a table: python scripts/run_table.py table=NAME (see README.md)."""
+
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from cutmix_exp import cli
+from cutmix_exp.config import Config, compose, from_dict, resolve
+from cutmix_exp.files import write_json
+from cutmix_exp.reporting.record import REPOSITORY, portable, read_record
+from cutmix_exp.reporting.tables import load_records, load_table, render
+from cutmix_exp.schema import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Train every row of a table that has no record yet, one after the other.
+
+    table=NAME           a file of configs/table
+    budget=NAME          smoke, short, medium or paper; default: the table's
+    seeds=N              seeds 0 to N-1; default: the table's
+    dry_run=true         only list the rows, their commands and what is done
+    results_dir=results  where records/ and tables/ are kept
+
+    Every other name=value is handed to train.py, e.g. devices=4 or precision=fp32.
+    """
+
+    table: str
+    budget: str | None = None
+    seeds: int | None = option(None, ge=1)
+    dry_run: bool = False
+    results_dir: str = "results"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a table."""
+
+    label: str
+    overrides: list[str]
+    config: Config
+    record: Path
+
+    @property
+    def is_done(self) -> bool:
+        return self.record.exists() and read_record(self.record)["status"] == "complete"
+
+
+def jobs_of(options: Options, extra: list[str]) -> list[Job]:
+    table = load_table(options.table)
+    jobs = []
+    for row in table.rows:
+        for seed in range(options.seeds or table.seeds):
+            budget = f"budget={options.budget or table.budget}"
+            overrides = [*table.overrides(row), budget, f"seed={seed}", *extra]
+            config = resolve(from_dict(compose(overrides)))
+            record = Path(options.results_dir) / "records" / f"{config.run_id}.json"
+            jobs.append(Job(row.label, overrides, config, record))
+    return jobs
+
+
+def train(job: Job) -> str:
+    """Carry out one run and keep its record; returns what went wrong, if anything."""
+    done = subprocess.run([sys.executable, str(REPOSITORY / "train.py"), *job.overrides])
+    if done.returncode:
+        return f"train.py ended with {done.returncode}"
+    write_json(job.record, portable(read_record(job.config.run_dir / "record.json")))
+    return ""
+
+
+def command(arguments: list[str]) -> int:
+    extra: list[str] = []
+    options = cli.parse(Options, arguments, rest=extra)
+    jobs = jobs_of(options, extra)
+    failures = []
+    for number, job in enumerate(jobs, start=1):
+        state = "done" if job.is_done else "missing"
+        print(f"[{number}/{len(jobs)}] {job.label}, seed {job.config.seed}: {state}", flush=True)
+        print(f"    python train.py {shlex.join(job.overrides)}", flush=True)
+        if options.dry_run or job.is_done:
+            continue
+        cause = train(job)
+        if cause:
+            failures.append(f"{job.label}, seed {job.config.seed}: {cause}")
+    if options.dry_run:
+        print(f"{sum(job.is_done for job in jobs)} of {len(jobs)} runs are done")
+        return 0
+    results = Path(options.results_dir)
+    markdown, _ = render(load_table(options.table), load_records(results / "records"))
+    print(f"\n{markdown}")
+    if failures:
+        print("failed:\n  " + "\n  ".join(failures), file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    cli.main(command)
