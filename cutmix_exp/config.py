@@ -377,9 +377,12 @@ class hydra_messages:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        from hydra.errors import HydraException
+        from hydra.errors import HydraException, OverrideParseException
         from omegaconf.errors import OmegaConfBaseException
 
+        if isinstance(error, OverrideParseException):
+            reason = str(error).split("\nSee https://hydra")[0]
+            raise UserError(f"cannot read {error.override!r} as name=value: {reason}") from None
         if isinstance(error, (HydraException, OmegaConfBaseException)):
             raise UserError(_readable(str(error), self.overrides)) from None
 
@@ -387,7 +390,7 @@ class hydra_messages:
 def _readable(message: str, overrides: list[str]) -> str:
     found = re.match(r"Could not override '([^']+)'", message)
     if not found:
-        message = message.split("\nConfig search path")[0].split("\nSee https://hydra")[0]
+        message = message.split("\nConfig search path")[0]
         return re.sub(r"^In '[^']*': ", "", message)
     path = found[1]
     allowed = _fields_near(path, overrides)

@@ -20,6 +20,13 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, lambda file: torch.save({"schema": SCHEMA, **state}, file))
 
 
+def damaged(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"the checkpoint {path} cannot be read: {reason}\n"
+        "remove it to go on without it, or start over with force=true"
+    )
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; nothing in it is executed.
 
@@ -28,11 +35,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"the checkpoint {path} cannot be read: {error}\n"
-            "remove it to continue without it, or start over with force=true"
-        ) from None
+    except pickle.UnpicklingError:
+        raise damaged(path, "it holds more than tensors, none of which is executed") from None
+    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        raise damaged(path, str(error).splitlines()[0]) from None
     if not isinstance(state, dict) or state.get("schema") != SCHEMA:
         found = state.get("schema") if isinstance(state, dict) else type(state).__name__
         raise UserError(

@@ -1,0 +1,266 @@
+"""The commands of the contract, as users give them: real processes, real files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cutmix_exp.config import from_dict
+from tests.helpers import ROOT, TINY, command, metrics_of, only_run, record_of, refused, train
+
+CONTRACT = [
+    "config.yaml",
+    "metrics.jsonl",
+    "record.json",
+    "evaluations",
+    "tb",
+    "checkpoints/last.pt",
+]
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """One small run with a validation split, started in an empty folder: (folder, output)."""
+    folder = tmp_path_factory.mktemp("first")
+    done = train(*TINY, "aug=cutmix", "dataset.val_size=100", cwd=folder)
+    return folder, done.stdout
+
+
+def test_a_run_leaves_the_files_of_the_contract_and_nothing_else(first: tuple[Path, str]) -> None:
+    folder, _ = first
+    assert [p.name for p in folder.iterdir()] == ["runs"]  # Hydra wrote nothing
+    run = only_run(folder / "runs")
+    for name in [*CONTRACT, "checkpoints/best.pt"]:
+        assert (run / name).exists(), name
+    assert not [p for p in run.rglob("*.tmp")]
+    assert [p.name for p in (folder / "runs").iterdir()] == [run.name]
+
+
+def test_the_record_tells_the_whole_story(first: tuple[Path, str]) -> None:
+    run = only_run(first[0] / "runs")
+    record = record_of(run)
+    assert record["run_id"] == run.name
+    assert (record["status"], record["schema_version"], record["seed"]) == ("complete", 1, 0)
+    assert (record["dataset"], record["model"], record["aug"]) == ("digits", "resnet", "cutmix")
+    assert record["protocol"]["box_law"] == "official"
+    assert record["protocol"]["correct_lambda"] is True
+    assert record["protocol"]["bn_group_size"] == 64
+    metrics, tests = record["metrics"], [n for n in metrics_of(run) if n["split"] == "test"]
+    vals = [n for n in metrics_of(run) if n["split"] == "val"]
+    assert metrics["test/top1_error_last"] == tests[-1]["top1_error"]
+    assert metrics["test/top1_error_best"] == min(t["top1_error"] for t in tests)
+    chosen = min(reversed(vals), key=lambda v: v["top1_error"])["epoch"]
+    assert metrics["test/top1_error_val_selected"] == tests[chosen - 1]["top1_error"]
+    for name in ("wall_seconds", "images_per_second", "peak_memory_bytes", "flops_per_image"):
+        assert record["cost"][name] > 0
+    assert record["cost"]["world_size"] == 1
+    assert len(record["provenance"]["dataset_fingerprint"]) == 16
+    assert record["provenance"]["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert "aug=cutmix" in record["provenance"]["command"]
+    assert from_dict(record["config"]).to_dict() == yaml.safe_load(
+        (run / "config.yaml").read_text()
+    )
+
+
+def test_metrics_lines(first: tuple[Path, str]) -> None:
+    lines = metrics_of(only_run(first[0] / "runs"))
+    assert [(n["step"], n["epoch"], n["split"]) for n in lines] == [
+        (step, epoch, split)
+        for step, epoch in ((21, 1), (42, 2))
+        for split in ("train", "val", "test")
+    ]  # 1,337 images in batches of 64
+    for line in lines:
+        assert 0 <= line["top5_error"] <= line["top1_error"] <= 100
+    assert {"lr", "clean_loss", "clean_top1_error"} <= set(lines[0])
+
+
+def test_every_test_image_is_counted_once(first: tuple[Path, str]) -> None:
+    run = only_run(first[0] / "runs")
+    held = np.load(run / "evaluations" / "test.npz")
+    assert np.bincount(held["label"]).tolist() == [36, 36, 35, 37, 36, 37, 36, 36, 35, 36]
+    wrong = (held["predicted"] != held["label"]).sum()
+    assert record_of(run)["metrics"]["test/top1_error_last"] == 100 * wrong / 360
+
+
+def test_tensorboard_shows_the_run(first: tuple[Path, str]) -> None:
+    run = only_run(first[0] / "runs")
+    board = EventAccumulator(str(run / "tb"))
+    board.Reload()
+    tags = board.Tags()
+    assert {"train/loss", "test/top1_error", "val/top1_error"} <= set(tags["scalars"])
+    shown = [(e.step, round(e.value, 3)) for e in board.Scalars("test/top1_error")]
+    lines = [n for n in metrics_of(run) if n["split"] == "test"]
+    assert shown == [(n["step"], round(n["top1_error"], 3)) for n in lines]
+    assert tags["images"] == ["augmented training images"]
+    assert "config/text_summary" in tags["tensors"]
+    assert "_hparams_/experiment" in board.summary_metadata
+
+
+def test_checkpoints_hold_tensors_and_plain_containers(first: tuple[Path, str]) -> None:
+    run = only_run(first[0] / "runs")
+    state = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+    assert (state["step"], state["epoch"]) == (42, 2)
+    assert torch.load(run / "checkpoints" / "best.pt", weights_only=True)["model"].keys()
+
+
+def test_it_prints_what_a_person_wants_to_know(first: tuple[Path, str]) -> None:
+    said = first[1]
+    assert "1,337 training images, 100 validation images, 360 test images" in said
+    assert "parameters" in said and "epoch 2/2" in said and "test error last" in said
+    assert "\x1b" not in said  # no bars and colours in a log file
+
+
+def test_the_same_command_again_trains_nothing(first: tuple[Path, str]) -> None:
+    folder, _ = first
+    run = only_run(folder / "runs")
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
+    done = train(*TINY, "aug=cutmix", "dataset.val_size=100", cwd=folder)
+    assert "is complete, nothing is trained" in done.stdout
+    after = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
+    assert before == after
+
+
+@pytest.mark.slow
+def test_force_starts_over_and_gives_the_same_bits(first: tuple[Path, str]) -> None:
+    folder, _ = first
+    run = only_run(folder / "runs")
+    before = (
+        metrics_of(run),
+        torch.load(run / "checkpoints" / "last.pt", weights_only=True)["model"],
+    )
+    (run / "evaluations" / "old.npz").touch()
+    train(*TINY, "aug=cutmix", "dataset.val_size=100", "force=true", cwd=folder)
+    assert not (run / "evaluations" / "old.npz").exists()
+    after = metrics_of(run), torch.load(run / "checkpoints" / "last.pt", weights_only=True)["model"]
+    assert before[0] == after[0]
+    assert all(torch.equal(before[1][k], after[1][k]) for k in before[1])
+
+
+@pytest.mark.slow
+def test_the_papers_network_on_synthetic_images(tmp_path: Path) -> None:
+    done = train(
+        "model=pyramidnet", "aug=cutmix", "dataset=synthetic", "trainer.max_steps=3", cwd=tmp_path
+    )
+    assert "26,844,952 parameters" in done.stdout
+    run = only_run(tmp_path / "runs")
+    for name in CONTRACT:
+        assert (run / name).exists(), name
+    lines = metrics_of(run)
+    assert [(n["step"], n["split"]) for n in lines] == [(3, "train"), (3, "test")]
+    assert "clean_loss" not in lines[0]  # no probe in runs cut short
+
+
+@pytest.mark.parametrize("words", [[], ["aug=cutmix"]])
+def test_missing_cifar_is_said_within_seconds(words: list[str], tmp_path: Path) -> None:
+    # A proxy that refuses every connection stands for "no network", wherever the test runs.
+    closed = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    said = refused(*words, cwd=tmp_path, **closed)
+    assert str(tmp_path / "data") in said
+    assert "cifar-100-python.tar.gz" in said
+    assert "python train.py dataset=digits model=resnet model.depth=20 budget=smoke" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["aug=nothing"], "aug/nothing"),
+        (["model.dept=20"], "did you mean 'model.depth'"),
+        (["aug=cutmix", "aug.mix.prob=1.5"], "aug.mix.prob=1.5"),
+        (["seed=["], "seed"),
+        (["device=cuda"], "no CUDA GPU"),
+        (["dataset=cifar10_jpeg"], "cifar-10-images"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_told_in_one_message(words: list[str], text: str, tmp_path: Path) -> None:
+    assert text in refused(*words, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    left = [p for p in tmp_path.rglob("checkpoints")]
+    assert not left
+
+
+def test_multirun_under_torchrun_is_refused(tmp_path: Path) -> None:
+    said = refused("-m", *TINY, "seed=0,1", cwd=tmp_path, TORCHELASTIC_RUN_ID="x", WORLD_SIZE="2")
+    assert "devices=N" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_multirun_leaves_a_record_for_each(devices: int, tmp_path: Path) -> None:
+    words = ["trainer.max_steps=2", "aug=baseline,cutout,mixup,cutmix", "seed=0,1"]
+    if devices == 2:
+        words[1:] = ["aug=baseline,cutmix", "seed=0"]
+    train("-m", *TINY, *words, f"devices={devices}", cwd=tmp_path)
+    records = [record_of(p.parent) for p in (tmp_path / "runs").glob("*/record.json")]
+    asked = (4 * 2) if devices == 1 else 2
+    assert len({r["run_id"] for r in records}) == len(records) == asked
+    assert all(r["status"] == "complete" for r in records)
+    assert all(r["cost"]["world_size"] == devices for r in records)
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
+
+
+def test_help_lists_the_groups() -> None:
+    done = command(str(ROOT / "train.py"), "--help")
+    assert done.returncode == 0
+    for group in ("aug", "budget", "dataset", "model", "schedule"):
+        assert f"{group}: " in done.stdout
+
+
+def test_preview_writes_a_picture(tmp_path: Path) -> None:
+    out = tmp_path / "sheet.png"
+    done = command("scripts/preview.py", "aug=cutmix", "dataset=digits", f"out={out}", "rows=2")
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size > 5000
+
+
+def test_scripts_refuse_what_they_do_not_know() -> None:
+    assert "there is no table 'nothing'" in refused("table=nothing", script="scripts/run_table.py")
+    assert "tables" in refused("table=nothing", script="scripts/make_tables.py")
+    assert "'rowz'" in refused("rowz=3", script="scripts/preview.py")
+
+
+@pytest.mark.slow
+def test_run_table_runs_what_is_missing(tmp_path: Path) -> None:
+    words = ["scripts/run_table.py", "table=demo_digits", "budget=smoke"]
+    places = [f"results_dir={tmp_path / 'results'}", f"runs_dir={tmp_path / 'runs'}"]
+    listed = command(*words, *places, "dry_run=true")
+    assert listed.stdout.count("missing") == 2 and "0 of 2" in listed.stdout
+    assert not list(tmp_path.iterdir())
+    done = command(*words, *places)
+    assert done.returncode == 0, done.stderr
+    assert "| CutMix | 2 |" in done.stdout and "(n=1)" in done.stdout
+    records = sorted((tmp_path / "results" / "records").glob("*.json"))
+    assert len(records) == 2
+    assert str(tmp_path) not in "".join(r.read_text() for r in records)  # no places of a machine
+    records[0].unlink()
+    again = command(*words, *places)
+    assert again.stdout.count(": done") == 1 and again.stdout.count(": missing") == 1
+    assert len(list((tmp_path / "results" / "records").glob("*.json"))) == 2
+
+
+@pytest.mark.slow
+def test_run_table_goes_on_after_a_failure(tmp_path: Path) -> None:
+    done = command(
+        "scripts/run_table.py",
+        "table=demo_digits",
+        "budget=smoke",
+        "schedule.lr=1e30",
+        f"results_dir={tmp_path / 'results'}",
+        f"runs_dir={tmp_path / 'runs'}",
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("error: the training loss is not finite") == 2
+    assert "CutMix, seed 0: train.py ended with 2" in done.stderr
+
+
+def test_the_makefile_lists_its_targets() -> None:
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for target in ("install", "demo", "test", "lint", "type", "tables"):
+        assert f"\n{target} " in f"\n{done.stdout}"
+    assert sys.version_info >= (3, 10)

@@ -1,0 +1,238 @@
+"""Every YAML of configs/ is composed, checked and built; run identities are stable."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cutmix_exp.config import CONFIG_DIR, Hardware, compose, from_dict, resolve
+from cutmix_exp.errors import UserError
+from cutmix_exp.reporting.tables import BUDGETS, load_budget, load_table, row_configs
+from tests.helpers import config_of
+
+HARDWARE = Hardware(gpus=8, bf16=True)
+FILES = sorted(p.relative_to(CONFIG_DIR) for p in CONFIG_DIR.rglob("*.yaml"))
+GROUPS = sorted({f.parts[0] for f in FILES if len(f.parts) == 2})
+
+
+def test_all_files_are_in_a_known_group() -> None:
+    assert GROUPS == ["aug", "budget", "dataset", "experiment", "model", "schedule", "table"]
+    assert [f for f in FILES if len(f.parts) != 2] == [Path("train.yaml")]
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if len(f.parts) == 2], ids=str)
+def test_every_yaml_is_composed_and_built(file: Path) -> None:
+    group, name = file.parts[0], file.stem
+    assert (CONFIG_DIR / file).read_text().startswith("#"), "a YAML opens with what it is"
+    if group == "table":
+        configs = row_configs(load_table(name))
+    else:
+        configs = [from_dict(compose([f"{group}={name}"]))]
+    for config in configs:
+        resolved = resolve(config, HARDWARE)
+        with torch.device("meta"):
+            model = resolved.model.build(resolved.dataset.num_classes)
+            side = resolved.dataset.image_size
+            logits = model.eval()(torch.zeros(2, 3, side, side))
+        assert logits.shape == (2, resolved.dataset.num_classes)
+        assert from_dict(resolved.to_dict()) == resolved
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.parts[0] == "aug"], ids=str)
+def test_the_name_of_an_atom_is_its_file(file: Path) -> None:
+    aug = config_of(f"aug={file.stem}").aug
+    assert aug.name == file.stem or len(aug.atoms) > 1
+
+
+def test_cifar_recipe() -> None:
+    config = config_of("dataset=cifar100", "model=pyramidnet", "aug=cutmix")
+    s = config.schedule
+    assert (config.epochs, s.batch_size, s.lr, s.milestones, s.gamma) == (
+        300,
+        64,
+        0.25,
+        (0.5, 0.75),
+        0.1,
+    )
+    assert (s.momentum, s.nesterov, s.weight_decay) == (0.9, True, 1e-4)
+    assert config.aug.protocol() == {
+        "prob": 0.5,
+        "alpha": 1.0,
+        "partner": "permutation",
+        "granularity": "batch",
+        "box_law": "official",
+        "correct_lambda": True,
+    }
+
+
+def test_the_recipe_follows_the_data_set_and_can_be_overridden() -> None:
+    assert config_of("dataset=digits", "model=resnet").schedule.lr == 0.1
+    assert config_of("dataset=digits", "model=resnet", "schedule=cifar").schedule.lr == 0.25
+    assert config_of("dataset=digits", "model=resnet", "schedule.lr=0.3").schedule.lr == 0.3
+
+
+@pytest.mark.parametrize(
+    ("budget", "epochs"), [("smoke", 1), ("short", 30), ("medium", 100), ("paper", 300)]
+)
+def test_budgets_are_epochs_of_the_same_recipe(budget: str, epochs: int) -> None:
+    assert config_of("dataset=cifar10", f"budget={budget}").epochs == epochs
+    assert config_of("dataset=cifar10", f"budget={budget}", "schedule.epochs=7").epochs == 7
+
+
+def test_resnet110_presets() -> None:
+    config = config_of("experiment=resnet110_cutmix")
+    assert (config.schedule.lr, config.aug.protocol()["prob"]) == (0.1, 1.0)
+    assert (config.model.depth, config.model.block) == (110, "bottleneck")  # type: ignore[attr-defined]
+    assert config_of("experiment=resnet110_baseline").schedule.lr == 0.1
+
+
+PINNED = {
+    # Committed records are found by these; a field that is added later must not change them.
+    (
+        "dataset=cifar100",
+        "model=pyramidnet",
+        "aug=cutmix",
+    ): "cifar100-pyramidnet-cutmix-8fba0984-s0",
+}
+
+
+@pytest.mark.parametrize("overrides", PINNED, ids=" ".join)
+def test_run_ids_are_pinned(overrides: tuple[str, ...]) -> None:
+    config = resolve(from_dict(compose([*overrides, "precision=bf16"])), Hardware(0, True))
+    assert config.run_id == PINNED[overrides]
+
+
+BASE = ("dataset=digits", "model=resnet", "aug=cutmix", "precision=fp32")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "aug.mix.alpha=0.5",
+        "aug.mix.prob=1.0",
+        "aug.mix.box_law=unbiased",
+        "aug.mix.correct_lambda=false",
+        "aug.mix.partner=roll",
+        "aug.mix.granularity=sample",
+        "model.depth=56",
+        "schedule.lr=0.2",
+        "schedule.epochs=3",
+        "schedule.batch_size=32",
+        "schedule.weight_decay=0.0",
+        "schedule.milestones=[0.5]",
+        "trainer.max_steps=3",
+        "trainer.bn_group_size=32",
+        "trainer.deterministic=false",
+        "precision=bf16",
+        "dataset.val_size=100",
+        "dataset.flip=true",
+        "devices=2",
+        "trainer.accumulate=2",
+    ],
+)
+def test_the_hash_covers_what_can_move_a_number(override: str) -> None:
+    base = resolve(from_dict(compose([*BASE])), Hardware(0, True))
+    other = resolve(from_dict(compose([*BASE, override])), Hardware(0, True))
+    assert other.run_id != base.run_id
+    assert other.run_id.split("-")[:3] == base.run_id.split("-")[:3]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "runs_dir=elsewhere",
+        "force=true",
+        "profile=true",
+        "dataset.root=elsewhere",
+        "trainer.compile=true",
+        "checkpoint.every_epochs=5",
+        "checkpoint.every_minutes=1.5",
+        "logging.grid=0",
+        "device=cpu",
+        "budget=paper",
+        "aug.mix.prob=0.5",
+        "trainer.bn_group_size=64",
+    ],
+)
+def test_the_hash_leaves_out_what_cannot(override: str) -> None:
+    base = resolve(from_dict(compose([*BASE])), Hardware(0, True))
+    other = resolve(from_dict(compose([*BASE, override])), Hardware(0, True))
+    assert other.run_id == base.run_id
+
+
+def test_devices_count_only_through_the_batchnorm_group() -> None:
+    one = resolve(from_dict(compose([*BASE, "trainer.bn_group_size=32"])), Hardware(0, True))
+    two = resolve(from_dict(compose([*BASE, "devices=2"])), Hardware(0, True))
+    accumulated = resolve(from_dict(compose([*BASE, "trainer.accumulate=2"])), Hardware(0, True))
+    assert one.run_id == two.run_id == accumulated.run_id
+    assert one.bn_group_size == two.bn_group_size == 32
+
+
+def test_seeds_of_a_cell_share_the_hash() -> None:
+    ids = [config_of(*BASE, f"seed={seed}").run_id for seed in (0, 1)]
+    assert ids[0][:-1] == ids[1][:-1]
+    assert [i[-3:] for i in ids] == ["-s0", "-s1"]
+
+
+def test_torchrun_sets_the_number_of_devices() -> None:
+    hardware = Hardware(0, True, torchrun_world=2)
+    assert resolve(from_dict(compose([*BASE])), hardware).world_size == 2
+    assert resolve(from_dict(compose([*BASE, "devices=2"])), hardware).world_size == 2
+    with pytest.raises(UserError, match="leave devices out"):
+        resolve(from_dict(compose([*BASE, "devices=4"])), hardware)
+
+
+def test_precision_follows_the_hardware() -> None:
+    config = from_dict(compose(["dataset=digits", "model=resnet"]))
+    assert resolve(config, Hardware(0, True)).precision == "bf16"
+    assert resolve(config, Hardware(0, False)).precision == "fp32"
+    with pytest.raises(UserError, match="precision=fp32"):
+        resolve(replace(config, precision="bf16"), Hardware(0, False))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["aug=cutmixx"], ["aug/cutmixx", "cutmix"]),
+        (["modle=resnet"], ["'modle'", "did you mean 'model'"]),
+        (["model=resnet", "model.dept=20"], ["'model.dept'", "did you mean 'model.depth'", "stem"]),
+        (["+model.dept=20"], ["'model.dept'", "did you mean 'model.depth'"]),
+        (["aug.mix.prob=0.5"], ["'aug.mix.prob'", "the chosen option of 'aug'"]),
+        (["aug=cutmix", "aug.mix.prob=1.5"], ["aug.mix.prob=1.5", ">= 0 and <= 1"]),
+        (["schedule.epochs=-3"], ["schedule.epochs=-3", ">= 1"]),
+        (["schedule.epochs=0"], ["schedule.epochs=0", ">= 1"]),
+        (["seed=-1"], ["seed=-1", ">= 0"]),
+        (["seed=1.5"], ["seed=1.5", "whole number"]),
+        (["schedule.lr=nan"], ["schedule.lr=nan", "> 0"]),
+        (["schedule.lr=inf"], ["schedule.lr=inf", "> 0"]),
+        (["model.depth=deep"], ["model.depth='deep'", "whole number"]),
+        (["model.depth=21"], ["model.depth=21", "9n+2", "20 and 29"]),
+        (["schedule.batch_size=2", "devices=3"], ["batch_size=2", "3 devices"]),
+        (["trainer.bn_group_size=48"], ["bn_group_size=48", "allowed: 64, 32, 16"]),
+        (["dataset=synthetic", "dataset.image_size=2"], ["too small", "2 px", "stride is 4"]),
+        (["precision=fp16"], ["fp16 needs a GPU"]),
+        (["precision=fp8"], ["fp8", "fp32, bf16"]),
+        (["device=cuda"], ["no CUDA GPU", "device=cpu"]),
+        (["budget=huge"], ["budget/huge", "smoke"]),
+        (["aug=[cutmix,mixup]"], ["aug=[cutmix,mixup]", "one mixer"]),
+        (["dataset.name=../evil"], ["'../evil'", "folder"]),
+        (["trainer.sync_bn=true", "devices=2"], ["needs GPUs", "bn_group_size"]),
+        (["schedule.momentum=0.0"], ["nesterov"]),
+    ],
+    ids=str,
+)
+def test_errors_say_what_was_given_and_what_is_allowed(
+    overrides: list[str], said: list[str]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve(from_dict(compose(overrides)), Hardware(0, True))
+    for text in said:
+        assert text in str(caught.value)
+
+
+def test_budget_files_have_the_known_names() -> None:
+    assert {f.stem for f in FILES if f.parts[0] == "budget"} == set(BUDGETS)
+    assert all(load_budget(name).name == name for name in BUDGETS)
