@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 from cutmix_exp.config import Config
@@ -42,6 +43,8 @@ def launch(config: Config) -> None:
         max_restarts=0,
         monitor_interval=0.1,
     )
+    # The launcher would log a traceback of its own for what a process has already told.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         elastic_launch(settings, worker)(config)
     except ChildFailedError as error:

@@ -39,7 +39,7 @@ def test_a_run_leaves_the_files_of_the_contract_and_nothing_else(first: tuple[Pa
     run = only_run(folder / "runs")
     for name in [*CONTRACT, "checkpoints/best.pt"]:
         assert (run / name).exists(), name
-    assert not [p for p in run.rglob("*.tmp")]
+    assert not list(run.rglob("*.tmp"))
     assert [p.name for p in (folder / "runs").iterdir()] == [run.name]
 
 
@@ -181,7 +181,7 @@ def test_missing_cifar_is_said_within_seconds(words: list[str], tmp_path: Path) 
 )
 def test_mistakes_are_told_in_one_message(words: list[str], text: str, tmp_path: Path) -> None:
     assert text in refused(*words, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
-    left = [p for p in tmp_path.rglob("checkpoints")]
+    left = list(tmp_path.rglob("checkpoints"))
     assert not left
 
 

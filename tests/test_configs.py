@@ -27,10 +27,11 @@ def test_all_files_are_in_a_known_group() -> None:
 def test_every_yaml_is_composed_and_built(file: Path) -> None:
     group, name = file.parts[0], file.stem
     assert (CONFIG_DIR / file).read_text().startswith("#"), "a YAML opens with what it is"
-    if group == "table":
-        configs = row_configs(load_table(name))
-    else:
-        configs = [from_dict(compose([f"{group}={name}"]))]
+    configs = (
+        row_configs(load_table(name))
+        if group == "table"
+        else [from_dict(compose([f"{group}={name}"]))]
+    )
     for config in configs:
         resolved = resolve(config, HARDWARE)
         with torch.device("meta"):

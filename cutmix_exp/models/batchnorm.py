@@ -7,6 +7,9 @@ groups as a full one, as under DataParallel.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -80,3 +83,27 @@ def group_batchnorm(network: nn.Module, groups: BatchGroups) -> None:
         for name, child in module.named_children():
             if type(child) is nn.BatchNorm2d:
                 setattr(module, name, GroupedBatchNorm2d.convert(child, groups))
+
+
+@contextmanager
+def micro_batches(network: nn.Module, count: int) -> Iterator[Callable[[], None]]:
+    """Around one update of `count` micro-batches; call what it yields after each of them.
+
+    Each micro-batch starts from the running statistics before the update, and the update ends with
+    the mean of what they came to: as if their groups had been in one forward pass.
+    """
+    if count == 1:
+        yield lambda: None
+        return
+    buffers = list(network.buffers())
+    before = [b.clone() for b in buffers]
+    sums = [torch.zeros_like(b) for b in buffers]
+
+    def after_each() -> None:
+        for buffer, old, total in zip(buffers, before, sums, strict=True):
+            total.add_(buffer)
+            buffer.copy_(old)
+
+    yield after_each
+    for buffer, total in zip(buffers, sums, strict=True):
+        buffer.copy_(total / count)

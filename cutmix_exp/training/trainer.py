@@ -22,7 +22,7 @@ from cutmix_exp.data.sources import Splits
 from cutmix_exp.distributed import World
 from cutmix_exp.errors import UserError
 from cutmix_exp.evaluation.classification import Predictions, predict
-from cutmix_exp.models.batchnorm import BatchGroups, group_batchnorm
+from cutmix_exp.models.batchnorm import BatchGroups, group_batchnorm, micro_batches
 from cutmix_exp.seeding import torch_seed
 from cutmix_exp.training.checkpoint import load_checkpoint, save_checkpoint
 from cutmix_exp.training.logging import Line, Reporter
@@ -155,18 +155,20 @@ class Trainer:
         the ranks, hence the factor.
         """
         parts = self.parts(len(plan))
-        for number, (positions, weight) in enumerate(parts, start=1):
-            batch = self.pipeline.batch(plan, positions)
-            self.groups.set(len(plan), self.config.bn_groups, positions)
-            with self.no_sync(number < len(parts)):
-                with self.autocast():
-                    logits = self.network(batch.images)
-                logits = logits.float()
-                losses = self.losses(logits, batch.targets)
-                scale = weight * self.world.size / batch.global_size
-                self.scaler.scale(losses.sum() * scale).backward()
-            if weight:
-                self.sums.add(losses, logits, batch.targets)
+        with micro_batches(self.model, len(parts)) as after_each:
+            for number, (positions, weight) in enumerate(parts, start=1):
+                batch = self.pipeline.batch(plan, positions)
+                self.groups.set(len(plan), self.config.bn_groups, positions)
+                with self.no_sync(number < len(parts)):
+                    with self.autocast():
+                        logits = self.network(batch.images)
+                    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                    losses = self.losses(logits, batch.targets)
+                    scale = weight * self.world.size / batch.global_size
+                    self.scaler.scale(losses.sum() * scale).backward()
+                if weight:
+                    self.sums.add(losses, logits, batch.targets)
+                after_each()
         if self.world.device.type == "cpu":  # reading a loss on a GPU would make it wait
             self.check_loss()
         self.scaler.step(self.optimizer)
@@ -174,8 +176,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy [n] of logits [n, K] with soft targets [n, K]."""
+        """Cross-entropy [n] of logits [n, K] with soft targets [n, K], in fp32 or better."""
         smoothing = self.config.aug.label_smoothing
+        targets = targets.to(logits.dtype)
         return F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
 
     def parts(self, batch: int) -> list[tuple[np.ndarray, float]]:

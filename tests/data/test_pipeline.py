@@ -293,9 +293,7 @@ def test_an_atom_draws_the_same_in_company() -> None:
     plan = ResidentPipeline(noise(23), DATASET, alone, **args).plan(0, 0)
     together = pipeline("cutout+mixup").plan(0, 0)
     np.testing.assert_array_equal(plan.image["cutout"], together.image["cutout"])
-    assert same_plans(
-        dataclasses.replace(together, image={}), pipeline("mixup").plan(0, 0)
-    )
+    assert same_plans(dataclasses.replace(together, image={}), pipeline("mixup").plan(0, 0))
 
 
 def test_draws_of_different_purposes_differ() -> None:

@@ -17,7 +17,9 @@ def test_an_epoch_visits_every_image_once(size: int) -> None:
 
 def test_the_order_is_a_function_of_seed_and_epoch() -> None:
     orders = {
-        (seed, epoch): tuple(epoch_order(seed, epoch, 50)) for seed in range(4) for epoch in range(4)
+        (seed, epoch): tuple(epoch_order(seed, epoch, 50))
+        for seed in range(4)
+        for epoch in range(4)
     }
     assert len(set(orders.values())) == 16
     assert orders[2, 3] == tuple(epoch_order(2, 3, 50))

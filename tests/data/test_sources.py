@@ -396,6 +396,7 @@ def silent_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         connection.close()
 
 
+@pytest.mark.slow
 def test_a_server_that_never_answers_is_unreachable_within_seconds(silent_server: str) -> None:
     started = time.monotonic()
     reason = unreachable(silent_server)

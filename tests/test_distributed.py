@@ -1,0 +1,136 @@
+"""Two real gloo processes against one, and torchrun against devices=N."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers import ROOT, TINY, environment, metrics_of, only_run, record_of, train
+
+pytestmark = pytest.mark.slow
+
+
+def torchrun(
+    *words: str, processes: int = 2, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", *words],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def test_devices_and_torchrun_are_the_same_run(tmp_path: Path) -> None:
+    words = [*TINY, "aug=cutmix"]
+    train(*words, "devices=2", f"runs_dir={tmp_path / 'launched'}")
+    done = torchrun("train.py", *words, f"runs_dir={tmp_path / 'torchrun'}")
+    assert done.returncode == 0, done.stderr
+    one, two = only_run(tmp_path / "launched"), only_run(tmp_path / "torchrun")
+    assert one.name == two.name
+    assert metrics_of(one) == metrics_of(two)
+    assert record_of(one)["metrics"] == record_of(two)["metrics"]
+    for run in (one, two):
+        assert record_of(run)["cost"]["world_size"] == 2
+        assert record_of(run)["protocol"]["bn_group_size"] == 32
+        held = np.load(run / "evaluations" / "test.npz")
+        assert np.bincount(held["label"]).tolist() == [36, 36, 35, 37, 36, 37, 36, 36, 35, 36]
+    assert done.stdout.count("epoch 1/2") == 1  # one process speaks
+
+
+PROGRAM = """
+import json, sys
+import numpy as np, torch
+from cutmix_exp.distributed import world_of
+from cutmix_exp.training.logging import Reporter
+from cutmix_exp.training.trainer import Trainer
+from tests.helpers import config_of
+
+out, steps, *words = sys.argv[1:]
+with world_of("cpu") as world:
+    torch.set_num_threads(1)
+    config = config_of(*words)
+    trainer = Trainer(config, config.dataset.load(), world, Reporter(False))
+    trainer.network.train()
+    trainer.model.double()
+    batch = trainer.pipeline.batch
+    def doubled(plan, positions):
+        made = batch(plan, positions)
+        return type(made)(made.images.double(), made.targets, made.global_size)
+    trainer.pipeline.batch = doubled
+    from cutmix_exp.training.optim import make_optimizer
+    trainer.network = world.wrap(trainer.model, sync_bn=False)
+    trainer.optimizer = make_optimizer(config.schedule, trainer.model)
+    losses = []
+    total = trainer.pipeline.steps_per_epoch
+    for step in range(int(steps)):
+        trainer.train_step(trainer.pipeline.plan(step // total, step % total))
+        ranks = world.gather(trainer.sums.values.tolist())
+        losses.append([sum(c) for c in zip(*ranks)])
+    world.average_([b for b in trainer.model.buffers() if b.is_floating_point()])
+    if world.is_main:
+        torch.save({"losses": losses, "model": trainer.model.state_dict()}, out)
+"""
+
+
+def state_after(steps: int, processes: int, file: Path, words: list[str]) -> Any:
+    program = file.with_suffix(".py")
+    program.write_text(PROGRAM)
+    done = torchrun(str(program), str(file), str(steps), *words, processes=processes)
+    assert done.returncode == 0, done.stderr
+    return torch.load(file, weights_only=True)
+
+
+def test_one_two_and_three_ranks_take_the_same_steps(tmp_path: Path) -> None:
+    """Weights, running statistics and losses over 30 steps of CutMix in float64, the last batch of
+    an epoch included (51 images: two ranks have 25 and 26, and six groups 8 or 9 each)."""
+    words = [
+        *TINY,
+        "precision=fp32",
+        "aug=cutmix",
+        "aug.mix.prob=1.0",
+        "schedule.batch_size=66",
+        "trainer.bn_group_size=11",
+    ]
+    one = state_after(30, 1, tmp_path / "one.pt", words)
+    for processes in (2, 3):
+        many = state_after(30, processes, tmp_path / f"{processes}.pt", words)
+        torch.testing.assert_close(
+            torch.tensor(many["losses"]), torch.tensor(one["losses"]), rtol=1e-8, atol=1e-8
+        )
+        for name, tensor in one["model"].items():
+            torch.testing.assert_close(many["model"][name], tensor, rtol=1e-6, atol=1e-8, msg=name)
+
+
+def test_a_failing_rank_is_told_without_a_traceback(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "train.py",
+            *TINY,
+            "devices=2",
+            "schedule.lr=1e30",
+            f"runs_dir={tmp_path}",
+        ],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 1
+    assert "error: the training loss is not finite" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert json.loads((only_run(tmp_path) / "record.json").read_text())["status"] in (
+        "failed",
+        "running",
+    )
