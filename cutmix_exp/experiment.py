@@ -41,14 +41,13 @@ def run(config: Config) -> Record:
     """
     with world_of(config.device) as world:
         report = Reporter(active=world.is_main)
+        done = world.broadcast(finished_record(config) if world.is_main else None)
+        if done is not None:
+            report.say(f"{config.run_id} is complete, nothing is trained; force=true starts over")
+            report.say(summary(done))
+            return done
+        config.dataset.prepare()  # before anything is written
         with run_directory(config, world):
-            done = world.broadcast(finished_record(config) if world.is_main else None)
-            if done is not None:
-                report.say(
-                    f"{config.run_id} is complete, nothing is trained; force=true starts over"
-                )
-                report.say(summary(done))
-                return done
             return train(config, world, report)
 
 
@@ -113,9 +112,9 @@ def summary(record: Record) -> str:
 
 
 def finished_record(config: Config) -> Record | None:
-    """The record of this run if it is complete."""
+    """The record of this run if it is complete and not to be started over."""
     file = config.run_dir / "record.json"
-    if not file.exists():
+    if config.force or not file.exists():
         return None
     record = read_record(file)
     return record if record["status"] == "complete" else None

@@ -24,12 +24,13 @@ def launch(config: Config) -> None:
         UserError: what `experiment.run` raises, if it runs in this process.
         WorkerFailed: a process of several failed.
     """
-    if config.world_size == 1 or under_torchrun():
-        from cutmix_exp import experiment
+    from cutmix_exp import experiment
 
+    if config.world_size == 1 or under_torchrun():
         experiment.run(config)
         return
-    config.dataset.prepare()  # once, and its errors here, before any process is started
+    if experiment.finished_record(config) is None:
+        config.dataset.prepare()  # once, and its errors here, before any process is started
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
