@@ -197,8 +197,12 @@ class Config:
         """Everything that can move a number, the seed apart."""
         known: dict[str, Any] = schema.identity_of(self)
         known.pop("seed")
-        known["trainer"]["bn_group_size"] = self.bn_group_size
         known["trainer"].pop("sync_bn")
+        known["trainer"]["bn_group_size"] = self.bn_group_size
+        if self.schedule.batch_size % self.bn_groups:
+            known["trainer"]["bn_groups"] = self.bn_groups  # the size is rounded: it is not enough
+        if not self.dataset.val_size:
+            known["dataset"].pop("val_seed")
         return known
 
     def cell(self) -> str:
@@ -207,7 +211,15 @@ class Config:
         known = self.identity()
         known.pop("precision")
         known["trainer"].pop("bn_group_size")
+        known["trainer"].pop("bn_groups", None)
         return _hash(known)
+
+    @property
+    def budget_name(self) -> str:
+        """The budget that gives this number of epochs, or `custom` where the user chose it."""
+        full, budget = self.schedule.full_epochs, self.budget
+        expected = budget.epochs_for(self.dataset.name, self.model.name, full)
+        return budget.name if self.epochs == expected else "custom"
 
     @property
     def run_id(self) -> str:

@@ -20,6 +20,7 @@ from cutmix_exp.files import write_atomically, write_json, write_text
 from cutmix_exp.models.base import count_parameters
 from cutmix_exp.reporting.record import (
     Record,
+    continue_record,
     cost_of,
     history_of,
     metrics_of,
@@ -54,6 +55,7 @@ def run(config: Config) -> Record:
 def train(config: Config, world: World, report: Reporter) -> Record:
     """Train to the end, or leave a record that says why not."""
     record = new_record(config)
+    before = left_behind(config)
     if world.is_main:
         write_json(config.run_dir / "record.json", record)
         write_text(
@@ -75,6 +77,8 @@ def train(config: Config, world: World, report: Reporter) -> Record:
         report.say(f"{config.model.name}: {count_parameters(trainer.model):,} parameters")
         if trainer.resume():
             report.say(f"continuing from step {trainer.step}")
+            if before is not None:
+                continue_record(record, before)
         log = RunLog(config.run_dir, config, trainer.lines) if world.is_main else NoLog()
         predictions = trainer.fit(log)
         record["metrics"] = metrics_of(trainer.lines)
@@ -109,6 +113,14 @@ def summary(record: Record) -> str:
         f"best {metrics['test/top1_error_best']:.2f} % (epoch {metrics['test/best_epoch']:.0f}, "
         "chosen on the test set)"
     )
+
+
+def left_behind(config: Config) -> Record | None:
+    """The record that an earlier start of this run left, if it can be read."""
+    try:
+        return read_record(config.run_dir / "record.json")
+    except UserError:
+        return None
 
 
 def finished_record(config: Config) -> Record | None:

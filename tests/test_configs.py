@@ -66,7 +66,10 @@ def test_cifar_recipe() -> None:
         "granularity": "batch",
         "box_law": "official",
         "correct_lambda": True,
+        "label_smoothing": 0.0,
     }
+    both = config_of("dataset=cifar100", "aug=cutout_mixup").aug.protocol()
+    assert both["image"] == {"cutout": {"size": 16}} and both["alpha"] == 1.0
 
 
 def test_the_recipe_follows_the_data_set_and_can_be_overridden() -> None:
@@ -96,7 +99,7 @@ PINNED = {
         "dataset=cifar100",
         "model=pyramidnet",
         "aug=cutmix",
-    ): "cifar100-pyramidnet-cutmix-8fba0984-s0",
+    ): "cifar100-pyramidnet-cutmix-db2cb448-s0",
 }
 
 
@@ -156,6 +159,7 @@ def test_the_hash_covers_what_can_move_a_number(override: str) -> None:
         "budget=paper",
         "aug.mix.prob=0.5",
         "trainer.bn_group_size=64",
+        "dataset.val_seed=3",  # without a validation split
     ],
 )
 def test_the_hash_leaves_out_what_cannot(override: str) -> None:
@@ -170,6 +174,20 @@ def test_devices_count_only_through_the_batchnorm_group() -> None:
     accumulated = resolve(from_dict(compose([*BASE, "trainer.accumulate=2"])), Hardware(0, True))
     assert one.run_id == two.run_id == accumulated.run_id
     assert one.bn_group_size == two.bn_group_size == 32
+
+
+def test_batchnorm_groups_of_rounded_size_do_not_collide() -> None:
+    """64 images in 11 and in 12 groups have up to 6 each, and are different computations."""
+    ids = [
+        resolve(from_dict(compose([*BASE, f"trainer.accumulate={n}"])), Hardware(0, True)).run_id
+        for n in (11, 12)
+    ]
+    assert ids[0] != ids[1]
+
+
+def test_the_budget_is_named_only_where_it_is_followed() -> None:
+    assert config_of("dataset=cifar10", "budget=short").budget_name == "short"
+    assert config_of("dataset=cifar10", "budget=short", "schedule.epochs=7").budget_name == "custom"
 
 
 def test_seeds_of_a_cell_share_the_hash() -> None:

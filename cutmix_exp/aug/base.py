@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cutmix_exp.errors import UserError
-from cutmix_exp.schema import Part, option
+from cutmix_exp.schema import Part, option, to_dict
 
 Slot = Literal["image", "mix", "network", "label"]
 Partner = Literal["permutation", "roll", "flip"]
@@ -147,6 +147,11 @@ class NetworkOp(Part):
         raise NotImplementedError
 
 
+def _switches(part: Part) -> dict[str, Any]:
+    plain: dict[str, Any] = to_dict(part)
+    return {name: value for name, value in plain.items() if name != "_target_"}
+
+
 def _no_mix() -> Mixer:
     return NoMix()
 
@@ -194,6 +199,14 @@ class Regularizer:
         return replace(self, image=image, mix=self.mix.resolve(image_size))
 
     def protocol(self) -> dict[str, Any]:
-        """Every switch of the mixer that can move a number, by the field's name."""
-        fields = getattr(self.mix, "__dataclass_fields__", {})
-        return {name: getattr(self.mix, name) for name in fields}
+        """Every switch that can move a number: the mixer's by name, those of the other atoms below
+        their slot and name."""
+        others = {
+            slot: {name: _switches(op) for name, op in getattr(self, slot).items()}
+            for slot in ("image", "network")
+        }
+        return {
+            **_switches(self.mix),
+            **{slot: ops for slot, ops in others.items() if ops},
+            "label_smoothing": self.label_smoothing,
+        }

@@ -87,7 +87,7 @@ class Dataset(Part):
     crop_padding: int = option(4, ge=0)
     flip: bool = True
     val_size: int = option(0, ge=0)
-    val_seed: int = option(0, ge=0)
+    val_seed: int = option(0, ge=0, lt=2**32)
 
     def __post_init__(self) -> None:
         for field in ("mean", "std"):

@@ -38,11 +38,13 @@ def new_record(config: Config) -> Record:
         "dataset": config.dataset.name,
         "model": config.model.name,
         "aug": config.aug.name,
-        "budget": config.budget.name,
+        "budget": config.budget_name,
         "protocol": {
             **config.aug.protocol(),
             "precision": config.precision,
             "bn_group_size": config.bn_group_size,
+            "bn_synchronised": config.trainer.sync_bn,
+            "deterministic": config.trainer.deterministic,
             "partner_scope": "global batch",
             "selection": "last epoch; best is the best epoch on the test set (the paper's rule); "
             "val_selected is the best epoch on held-out training images, where there are any",
@@ -105,15 +107,16 @@ def history_of(lines: list[Line]) -> dict[str, list[float]]:
 def cost_of(
     config: Config, network: nn.Module, lines: list[Line], seconds: float
 ) -> dict[str, Any]:
-    """What the run cost: time, speed, memory, arithmetic."""
-    speeds = sorted(line["images_per_second"] for line in lines if line["split"] == "train")
+    """What the run cost: time, speed, memory (on a CPU the process's peak), arithmetic."""
+    trains = [line for line in lines if line["split"] == "train"]
+    speeds = sorted(line["images_per_second"] for line in trains if line["images_per_second"])
     if config.device == "cuda":
         device, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
     else:
         device, peak = cpu_name(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "wall_seconds": round(seconds, 3),
-        "images_per_second": round(speeds[len(speeds) // 2], 2),
+        "images_per_second": round(speeds[len(speeds) // 2], 2) if speeds else 0.0,
         "peak_memory_bytes": int(peak),
         "device": device,
         "threads": torch.get_num_threads(),
@@ -146,8 +149,15 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def continue_record(record: Record, before: Record) -> None:
+    """Note in a run's record that it was begun by an earlier start, of which `before` was left."""
+    earlier = before["provenance"].get("starts") or [before["provenance"]]
+    record["provenance"]["starts"] = [*earlier, {**record["provenance"]}]
+    record["provenance"]["dirty"] = any(start["dirty"] for start in record["provenance"]["starts"])
+
+
 def provenance() -> dict[str, Any]:
-    """Where a number comes from: code, packages, command."""
+    """Where a number comes from: code, packages, command (of the last start; see `starts`)."""
     commit, changes = (
         _git("rev-parse", "HEAD"),
         _git("status", "--porcelain", "--", ".", ":!results"),
@@ -182,10 +192,13 @@ def portable(record: Record) -> Record:
     """A copy of a record to be committed: without the places of one machine."""
     config = {**record["config"], "runs_dir": "runs"}
     config["dataset"] = {**config["dataset"], "root": "data"}
-    words = shlex.split(record["provenance"]["command"])
+    provenance = _placeless(record["provenance"])
+    if "starts" in provenance:
+        provenance["starts"] = [_placeless(start) for start in provenance["starts"]]
+    return {**record, "config": config, "provenance": provenance}
+
+
+def _placeless(provenance: dict[str, Any]) -> dict[str, Any]:
+    words = shlex.split(provenance["command"])
     kept = [w for w in words if not w.startswith(("runs_dir=", "dataset.root="))]
-    return {
-        **record,
-        "config": config,
-        "provenance": {**record["provenance"], "command": shlex.join(kept)},
-    }
+    return {**provenance, "command": shlex.join(kept)}

@@ -23,7 +23,7 @@ from cutmix_exp.distributed import World
 from cutmix_exp.errors import UserError
 from cutmix_exp.evaluation.classification import Predictions, predict
 from cutmix_exp.models.batchnorm import BatchGroups, group_batchnorm, micro_batches
-from cutmix_exp.seeding import torch_seed
+from cutmix_exp.seeding import stream, torch_seed
 from cutmix_exp.training.checkpoint import load_checkpoint, save_checkpoint
 from cutmix_exp.training.logging import Line, Reporter
 from cutmix_exp.training.optim import learning_rate, make_optimizer
@@ -85,7 +85,9 @@ class Trainer:
         )
         self.test = splits.test.to(world.device)
         self.val = None if splits.val is None else splits.val.to(world.device)
-        self.probe = splits.train.at(np.arange(min(PROBE, len(splits.train)))).to(world.device)
+        # Drawn, since a set may be ordered by class; the same images in every run on the set.
+        drawn = stream(0, "probe").permutation(len(splits.train))[:PROBE]
+        self.probe = splits.train.at(np.sort(drawn)).to(world.device)
 
         self.model = make_model(config).to(memory_format=config.model.memory_format)
         self.model.to(world.device)
