@@ -7,8 +7,9 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from cutmix_exp.config import from_dict, hydra_messages, resolve
+from cutmix_exp.distributed import is_main_process, launched_world
 from cutmix_exp.errors import UserError
-from cutmix_exp.launch import WorkerFailed, launch, under_torchrun
+from cutmix_exp.launch import USER_ERROR, WorkerFailed, launch
 
 
 @hydra.main(config_path="configs", config_name="train", version_base="1.3")
@@ -16,25 +17,29 @@ def main(composed: DictConfig) -> None:
     try:
         launch(resolve(from_dict(OmegaConf.to_container(composed, resolve=True))))
     except UserError as error:
-        tell(error, 2)
+        tell(error, USER_ERROR)
     except WorkerFailed as error:
+        if error.told:
+            sys.exit(USER_ERROR)
         tell(error, 1)
     except KeyboardInterrupt:
         tell("interrupted; the same command continues from the last checkpoint", 130)
 
 
 def tell(error: object, status: int) -> None:
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    """Say what is wrong, once for all processes, and end."""
+    if is_main_process():
+        print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
 if __name__ == "__main__":
     # Hydra raises its errors instead of printing them its own way; they are told as ours are.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    if under_torchrun() and {"-m", "--multirun"} & set(sys.argv):
-        tell("-m does not work under torchrun; use: python train.py -m devices=N ...", 2)
+    if launched_world() is not None and {"-m", "--multirun"} & set(sys.argv):
+        tell("-m does not work under torchrun; use: python train.py -m devices=N ...", USER_ERROR)
     try:
         with hydra_messages([a for a in sys.argv[1:] if "=" in a]):
             main()
     except UserError as error:
-        tell(error, 2)
+        tell(error, USER_ERROR)

@@ -20,6 +20,7 @@ import torch
 from cutmix_exp import schema
 from cutmix_exp.aug.base import Regularizer
 from cutmix_exp.data.sources import Dataset
+from cutmix_exp.distributed import launched_world
 from cutmix_exp.errors import UserError
 from cutmix_exp.models.base import Model
 from cutmix_exp.schema import option
@@ -106,7 +107,7 @@ class Trainer:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """When checkpoints are written (always at the end, and before the run stops).
+    """When checkpoints are written; always at the end of the training.
 
     Attributes:
         every_epochs: after so many epochs.
@@ -247,18 +248,34 @@ def from_dict(data: Any) -> Config:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a config is resolved against; tests and dry runs make their own."""
+    """What a config is resolved against; tests and dry runs make their own.
 
-    gpus: int
-    bf16: bool
-    torchrun_world: int | None = None
+    Attributes:
+        gpus: CUDA devices of this machine.
+        gpu_bf16, cpu_bf16: whether they multiply bf16 in hardware.
+        launched, launched_here: processes that a launcher has started, in all and on this machine.
+    """
+
+    gpus: int = 0
+    gpu_bf16: bool = False
+    cpu_bf16: bool = False
+    launched: int | None = None
+    launched_here: int = 1
 
     @classmethod
     def here(cls) -> Hardware:
-        world = os.environ.get("WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else None
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        bf16 = torch.cuda.is_bf16_supported() if gpus else cpu_has_bf16()
-        return cls(gpus, bf16, None if world is None else int(world))
+        launched = launched_world()
+        return cls(
+            gpus=gpus,
+            gpu_bf16=bool(gpus) and torch.cuda.is_bf16_supported(including_emulation=False),
+            cpu_bf16=cpu_has_bf16(),
+            launched=launched,
+            launched_here=int(os.environ.get("LOCAL_WORLD_SIZE", launched or 1)),
+        )
+
+    def has_bf16(self, device: str) -> bool:
+        return self.gpu_bf16 if device == "cuda" else self.cpu_bf16
 
 
 def cpu_has_bf16() -> bool:
@@ -303,25 +320,27 @@ def _device(config: Config, hardware: Hardware) -> Literal["cpu", "cuda"]:
 
 
 def _devices(config: Config, device: str, hardware: Hardware) -> int:
-    if hardware.torchrun_world is not None:
-        if config.devices not in (None, hardware.torchrun_world):
-            raise UserError(
-                f"devices={config.devices}, but torchrun started {hardware.torchrun_world} processes; "
-                "leave devices out under torchrun"
-            )
-        return hardware.torchrun_world
-    devices = config.devices or 1
-    if device == "cuda" and devices > hardware.gpus:
-        raise UserError(f"devices={devices}, but this machine has {hardware.gpus} GPUs")
+    devices = config.devices or hardware.launched or 1
+    if hardware.launched is not None and devices != hardware.launched:
+        raise UserError(
+            f"devices={devices}, but torchrun started {hardware.launched} processes; "
+            "leave devices out under torchrun"
+        )
+    here = devices if hardware.launched is None else hardware.launched_here
+    if device == "cuda" and here > hardware.gpus:
+        raise UserError(
+            f"{here} processes were asked for on this machine, which has {hardware.gpus} GPUs; "
+            "use fewer, or device=cpu"
+        )
     return devices
 
 
 def _precision(config: Config, device: str, hardware: Hardware) -> Precision:
     if config.precision == "auto":
-        return "bf16" if hardware.bf16 else "fp32"
-    if config.precision == "bf16" and not hardware.bf16:
+        return "bf16" if hardware.has_bf16(device) else "fp32"
+    if config.precision == "bf16" and not hardware.has_bf16(device):
         raise UserError(
-            "precision=bf16, but this machine has no bf16 arithmetic; use precision=fp32"
+            f"precision=bf16, but this {device} has no bf16 arithmetic; use precision=fp32"
         )
     if config.precision == "fp16" and device == "cpu":
         raise UserError("precision=fp16 needs a GPU; use precision=bf16 or precision=fp32")
@@ -339,6 +358,11 @@ def _check_batch(config: Config) -> None:
     if trainer.sync_bn and config.device == "cpu" and config.world_size > 1:
         raise UserError(
             "trainer.sync_bn=true needs GPUs; on CPUs use fixed groups: trainer.bn_group_size=N"
+        )
+    if trainer.sync_bn and trainer.accumulate > 1:
+        raise UserError(
+            "trainer.sync_bn=true and trainer.accumulate exclude each other: a small last batch gives "
+            "the devices different numbers of micro-batches; use trainer.bn_group_size=N"
         )
     if trainer.bn_group_size is not None:
         if trainer.sync_bn:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from cutmix_exp.errors import UserError
 
 T = TypeVar("T")
 
@@ -49,6 +51,22 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def together(self, action: Callable[[], T]) -> T:
+        """What `action` returns here, if it succeeds on every rank.
+
+        Raises:
+            UserError: the first rank's error, on all ranks, so that none waits for another.
+        """
+        result, message = None, None
+        try:
+            result = action()
+        except UserError as error:
+            message = str(error)
+        failed = [m for m in self.gather(message) if m is not None]
+        if failed:
+            raise UserError(failed[0])
+        return cast(T, result)
+
     def average_(self, tensors: list[Tensor]) -> None:
         """Replace each tensor by its mean over the ranks."""
         if self.size > 1 and tensors:
@@ -78,15 +96,27 @@ class World:
             )
 
 
+def launched_world() -> int | None:
+    """The number of processes that a launcher (torchrun, or ours) has started, or None."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return None
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for all."""
+    return launched_world() is None or os.environ["RANK"] == "0"
+
+
 @contextmanager
 def world_of(device_type: str) -> Iterator[World]:
     """Join the process group that the launcher's environment describes (one process: none).
 
     CPU cores are dealt out evenly to the processes of this machine.
     """
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    size = launched_world() or 1
+    rank = int(os.environ["RANK"]) if size > 1 else 0
+    local_rank = int(os.environ.get("LOCAL_RANK", rank)) if size > 1 else 0
     device = torch.device(device_type)
     if device_type == "cuda":
         device = torch.device("cuda", local_rank)
@@ -98,7 +128,6 @@ def world_of(device_type: str) -> Iterator[World]:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
     dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
-    try:
-        yield World(rank, size, device)
-    finally:
-        dist.destroy_process_group()
+    yield World(rank, size, device)
+    # Not after an error: leaving could wait for ranks that wait for this one.
+    dist.destroy_process_group()

@@ -6,11 +6,12 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import torch
 import yaml
 
 from cutmix_exp.config import Config
@@ -47,8 +48,9 @@ def run(config: Config) -> Record:
             report.say(f"{config.run_id} is complete, nothing is trained; force=true starts over")
             report.say(summary(done))
             return done
-        config.dataset.prepare()  # before anything is written
-        with run_directory(config, world):
+        world.together(config.dataset.prepare)  # before anything is written
+        with ExitStack() as held:
+            world.together(lambda: held.enter_context(run_directory(config, world)))
             return train(config, world, report)
 
 
@@ -56,18 +58,20 @@ def train(config: Config, world: World, report: Reporter) -> Record:
     """Train to the end, or leave a record that says why not."""
     record = new_record(config)
     before = left_behind(config)
+    for line in notes(config):
+        report.say(line)
     if world.is_main:
         write_json(config.run_dir / "record.json", record)
         write_text(
             config.run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False)
         )
         (config.run_dir / "evaluations").mkdir(exist_ok=True)
-        for line in notes(config):
-            report.say(line)
     status, cause = "failed", ""
     try:
-        splits = config.dataset.load()
+        splits = world.together(config.dataset.load)
         record["provenance"]["dataset_fingerprint"] = splits.fingerprint
+        if config.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # of an earlier run in this process
         trainer = Trainer(config, splits, world, report)
         sizes = {"training": splits.train, "validation": splits.val, "test": splits.test}
         report.say(
@@ -173,7 +177,11 @@ def notes(config: Config) -> Iterator[str]:
     """What the user should know of unfinished runs like this one."""
     pattern = f"{config.dataset.name}-{config.model.name}-{config.aug.name}-*-s{config.seed}"
     for other in sorted(Path(config.runs_dir).glob(f"{pattern}/record.json")):
-        record = read_record(other)
+        try:
+            record = read_record(other)
+        except UserError as error:
+            yield f"note: {error}"
+            continue
         if record["status"] == "complete" or record["run_id"] == config.run_id:
             continue
         theirs = record["protocol"]

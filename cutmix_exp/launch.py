@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import logging
-import os
+import signal
+import sys
 
 from cutmix_exp.config import Config
+from cutmix_exp.distributed import is_main_process, launched_world
 from cutmix_exp.errors import UserError
+
+USER_ERROR = 2
+"""Exit status of a process that has told the user what is wrong."""
 
 
 class WorkerFailed(Exception):
-    """A process of a run ended with an error that it has already told."""
+    """A process of a run ended with an error.
 
+    Attributes:
+        told: whether the process has said what was wrong.
+    """
 
-def under_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    def __init__(self, message: str, told: bool) -> None:
+        super().__init__(message)
+        self.told = told
 
 
 def launch(config: Config) -> None:
@@ -26,11 +35,12 @@ def launch(config: Config) -> None:
     """
     from cutmix_exp import experiment
 
-    if config.world_size == 1 or under_torchrun():
+    if config.world_size == 1 or launched_world() is not None:
         experiment.run(config)
         return
     if experiment.finished_record(config) is None:
         config.dataset.prepare()  # once, and its errors here, before any process is started
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -50,19 +60,24 @@ def launch(config: Config) -> None:
         elastic_launch(settings, worker)(config)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise WorkerFailed(
-            f"process {rank} of {config.run_id} ended with {failure.exitcode}"
-        ) from None
+        status = failure.exitcode
+        message = f"process {rank} of {config.run_id} ended with {status}"
+        raise WorkerFailed(message, told=status == USER_ERROR) from None
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise
 
 
 def worker(config: Config) -> None:
-    """One of several processes. A user's error is told once, by rank 0 or by the rank it met."""
-    import sys
-
+    """One of several processes. What concerns all is told by the first."""
     from cutmix_exp import experiment
 
     try:
         experiment.run(config)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        if is_main_process():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        sys.exit(130)

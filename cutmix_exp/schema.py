@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import importlib
 import math
+import re
 import types
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -101,7 +102,7 @@ def unknown_field(path: str, allowed: list[str]) -> str:
 
 
 def _import_part(base: type, target: Any, where: str) -> Any:
-    if not isinstance(target, str) or "." not in target:
+    if not isinstance(target, str) or not re.fullmatch(r"\w+(\.\w+)+", target):
         raise UserError(
             f"{where}: expected '_target_: package.module.Class', got {target!r}; "
             "choose the group's option by name first (python train.py --help lists them)"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cutmix_exp import cli
 from cutmix_exp.config import Config, compose, from_dict, resolve
+from cutmix_exp.errors import UserError
 from cutmix_exp.files import write_json
 from cutmix_exp.reporting.record import REPOSITORY, portable, read_record
 from cutmix_exp.reporting.tables import load_records, load_table, render
@@ -56,9 +57,21 @@ def jobs_of(options: Options, extra: list[str]) -> list[Job]:
             budget = f"budget={options.budget or table.budget}"
             overrides = [*table.overrides(row), budget, f"seed={seed}", *extra]
             config = resolve(from_dict(compose(overrides)))
+            if extra:
+                check_extra(config, overrides[: -len(extra)], extra)
             record = Path(options.results_dir) / "records" / f"{config.run_id}.json"
             jobs.append(Job(row.label, overrides, config, record))
     return jobs
+
+
+def check_extra(config: Config, overrides: list[str], extra: list[str]) -> None:
+    """Raises UserError if the extra overrides make another experiment of a table's row."""
+    own = resolve(from_dict(compose(overrides)))
+    if (config.cell(), config.seed) != (own.cell(), own.seed):
+        raise UserError(
+            f"{' '.join(extra)}: this would be another experiment than the table's row, whose record "
+            "no table would show; use train.py, or a table of your own in configs/table"
+        )
 
 
 def train(job: Job) -> str:

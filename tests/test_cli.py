@@ -13,7 +13,17 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cutmix_exp.config import from_dict
-from tests.helpers import ROOT, TINY, command, metrics_of, only_run, record_of, refused, train
+from tests.helpers import (
+    ROOT,
+    TINY,
+    command,
+    config_of,
+    metrics_of,
+    only_run,
+    record_of,
+    refused,
+    train,
+)
 
 CONTRACT = [
     "config.yaml",
@@ -107,7 +117,11 @@ def test_checkpoints_hold_tensors_and_plain_containers(first: tuple[Path, str]) 
     run = only_run(first[0] / "runs")
     state = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
     assert (state["step"], state["epoch"]) == (42, 2)
-    assert torch.load(run / "checkpoints" / "best.pt", weights_only=True)["model"].keys()
+    best = torch.load(run / "checkpoints" / "best.pt", weights_only=True)
+    vals = [n for n in metrics_of(run) if n["split"] == "val"]
+    assert best["step"] == min(reversed(vals), key=lambda v: v["top1_error"])["step"]
+    same = all(torch.equal(best["model"][k], state["model"][k]) for k in state["model"])
+    assert same == (best["step"] == 42)
 
 
 def test_it_prints_what_a_person_wants_to_know(first: tuple[Path, str]) -> None:
@@ -186,7 +200,7 @@ def test_mistakes_are_told_in_one_message(words: list[str], text: str, tmp_path:
 
 
 def test_multirun_under_torchrun_is_refused(tmp_path: Path) -> None:
-    said = refused("-m", *TINY, "seed=0,1", cwd=tmp_path, TORCHELASTIC_RUN_ID="x", WORLD_SIZE="2")
+    said = refused("-m", *TINY, "seed=0,1", cwd=tmp_path, RANK="0", WORLD_SIZE="2")
     assert "devices=N" in said
 
 
@@ -203,6 +217,15 @@ def test_multirun_leaves_a_record_for_each(devices: int, tmp_path: Path) -> None
     assert all(r["status"] == "complete" for r in records)
     assert all(r["cost"]["world_size"] == devices for r in records)
     assert [p.name for p in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.mark.slow
+def test_profile_leaves_a_trace(tmp_path: Path) -> None:
+    train(*TINY, "trainer.max_steps=4", "profile=true", cwd=tmp_path)
+    (trace,) = (only_run(tmp_path / "runs") / "profile").iterdir()
+    assert "ProfilerStep" in trace.read_text()
+    done = train(*TINY, "trainer.max_steps=1", "profile=true", "runs_dir=short", cwd=tmp_path)
+    assert "left no trace" in done.stdout
 
 
 def test_help_lists_the_groups() -> None:
@@ -222,6 +245,8 @@ def test_preview_writes_a_picture(tmp_path: Path) -> None:
 def test_scripts_refuse_what_they_do_not_know() -> None:
     assert "there is no table 'nothing'" in refused("table=nothing", script="scripts/run_table.py")
     assert "tables" in refused("table=nothing", script="scripts/make_tables.py")
+    other = ["table=demo_digits", "schedule.lr=0.5"]
+    assert "another experiment" in refused(*other, script="scripts/run_table.py")
     assert "'rowz'" in refused("rowz=3", script="scripts/preview.py")
 
 
@@ -246,17 +271,15 @@ def test_run_table_runs_what_is_missing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_run_table_goes_on_after_a_failure(tmp_path: Path) -> None:
-    done = command(
-        "scripts/run_table.py",
-        "table=demo_digits",
-        "budget=smoke",
-        "schedule.lr=1e30",
-        f"results_dir={tmp_path / 'results'}",
-        f"runs_dir={tmp_path / 'runs'}",
-    )
+    words = ["table=demo_digits", "budget=smoke", f"runs_dir={tmp_path / 'runs'}"]
+    overrides = ["dataset=digits", "model=resnet", "model.depth=20", "budget=smoke"]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / config_of(*overrides).run_id).touch()  # a file where a folder must be
+    done = command("scripts/run_table.py", *words, f"results_dir={tmp_path / 'results'}")
     assert done.returncode == 1
-    assert done.stderr.count("error: the training loss is not finite") == 2
-    assert "CutMix, seed 0: train.py ended with 2" in done.stderr
+    assert done.stderr.count("error: ") == 1 and "cannot write into" in done.stderr
+    assert "Baseline, seed 0: train.py ended with 2" in done.stderr
+    assert "| CutMix | 2 |" in done.stdout and "(n=1)" in done.stdout
 
 
 def test_the_makefile_lists_its_targets() -> None:

@@ -13,7 +13,8 @@ from cutmix_exp.errors import UserError
 from cutmix_exp.reporting.tables import BUDGETS, load_budget, load_table, row_configs
 from tests.helpers import config_of
 
-HARDWARE = Hardware(gpus=8, bf16=True)
+CPU = Hardware(cpu_bf16=True)
+HARDWARE = Hardware(gpus=8, gpu_bf16=True, cpu_bf16=True)
 FILES = sorted(p.relative_to(CONFIG_DIR) for p in CONFIG_DIR.rglob("*.yaml"))
 GROUPS = sorted({f.parts[0] for f in FILES if len(f.parts) == 2})
 
@@ -105,7 +106,7 @@ PINNED = {
 
 @pytest.mark.parametrize("overrides", PINNED, ids=" ".join)
 def test_run_ids_are_pinned(overrides: tuple[str, ...]) -> None:
-    config = resolve(from_dict(compose([*overrides, "precision=bf16"])), Hardware(0, True))
+    config = resolve(from_dict(compose([*overrides, "precision=bf16"])), CPU)
     assert config.run_id == PINNED[overrides]
 
 
@@ -138,8 +139,8 @@ BASE = ("dataset=digits", "model=resnet", "aug=cutmix", "precision=fp32")
     ],
 )
 def test_the_hash_covers_what_can_move_a_number(override: str) -> None:
-    base = resolve(from_dict(compose([*BASE])), Hardware(0, True))
-    other = resolve(from_dict(compose([*BASE, override])), Hardware(0, True))
+    base = resolve(from_dict(compose([*BASE])), CPU)
+    other = resolve(from_dict(compose([*BASE, override])), CPU)
     assert other.run_id != base.run_id
     assert other.run_id.split("-")[:3] == base.run_id.split("-")[:3]
 
@@ -163,15 +164,15 @@ def test_the_hash_covers_what_can_move_a_number(override: str) -> None:
     ],
 )
 def test_the_hash_leaves_out_what_cannot(override: str) -> None:
-    base = resolve(from_dict(compose([*BASE])), Hardware(0, True))
-    other = resolve(from_dict(compose([*BASE, override])), Hardware(0, True))
+    base = resolve(from_dict(compose([*BASE])), CPU)
+    other = resolve(from_dict(compose([*BASE, override])), CPU)
     assert other.run_id == base.run_id
 
 
 def test_devices_count_only_through_the_batchnorm_group() -> None:
-    one = resolve(from_dict(compose([*BASE, "trainer.bn_group_size=32"])), Hardware(0, True))
-    two = resolve(from_dict(compose([*BASE, "devices=2"])), Hardware(0, True))
-    accumulated = resolve(from_dict(compose([*BASE, "trainer.accumulate=2"])), Hardware(0, True))
+    one = resolve(from_dict(compose([*BASE, "trainer.bn_group_size=32"])), CPU)
+    two = resolve(from_dict(compose([*BASE, "devices=2"])), CPU)
+    accumulated = resolve(from_dict(compose([*BASE, "trainer.accumulate=2"])), CPU)
     assert one.run_id == two.run_id == accumulated.run_id
     assert one.bn_group_size == two.bn_group_size == 32
 
@@ -179,7 +180,7 @@ def test_devices_count_only_through_the_batchnorm_group() -> None:
 def test_batchnorm_groups_of_rounded_size_do_not_collide() -> None:
     """64 images in 11 and in 12 groups have up to 6 each, and are different computations."""
     ids = [
-        resolve(from_dict(compose([*BASE, f"trainer.accumulate={n}"])), Hardware(0, True)).run_id
+        resolve(from_dict(compose([*BASE, f"trainer.accumulate={n}"])), CPU).run_id
         for n in (11, 12)
     ]
     assert ids[0] != ids[1]
@@ -197,19 +198,36 @@ def test_seeds_of_a_cell_share_the_hash() -> None:
 
 
 def test_torchrun_sets_the_number_of_devices() -> None:
-    hardware = Hardware(0, True, torchrun_world=2)
+    hardware = Hardware(cpu_bf16=True, launched=2, launched_here=2)
     assert resolve(from_dict(compose([*BASE])), hardware).world_size == 2
     assert resolve(from_dict(compose([*BASE, "devices=2"])), hardware).world_size == 2
     with pytest.raises(UserError, match="leave devices out"):
         resolve(from_dict(compose([*BASE, "devices=4"])), hardware)
 
 
-def test_precision_follows_the_hardware() -> None:
+def test_precision_follows_the_device_that_computes() -> None:
     config = from_dict(compose(["dataset=digits", "model=resnet"]))
-    assert resolve(config, Hardware(0, True)).precision == "bf16"
-    assert resolve(config, Hardware(0, False)).precision == "fp32"
-    with pytest.raises(UserError, match="precision=fp32"):
-        resolve(replace(config, precision="bf16"), Hardware(0, False))
+    old_gpu = Hardware(gpus=1, gpu_bf16=False, cpu_bf16=True)
+    assert resolve(config, CPU).precision == "bf16"
+    assert resolve(config, Hardware()).precision == "fp32"
+    assert resolve(config, old_gpu).precision == "fp32"
+    assert resolve(replace(config, device="cpu"), old_gpu).precision == "bf16"
+    for hardware in (Hardware(), old_gpu):
+        with pytest.raises(UserError, match="precision=fp32"):
+            resolve(replace(config, precision="bf16"), hardware)
+
+
+def test_more_processes_than_gpus_are_refused() -> None:
+    config = from_dict(compose(["dataset=digits", "model=resnet"]))
+    for hardware in (
+        Hardware(gpus=1, launched=2, launched_here=2),
+        Hardware(gpus=1, launched=4, launched_here=2),
+    ):
+        with pytest.raises(UserError, match="has 1 GPUs"):
+            resolve(config, hardware)
+    assert resolve(config, Hardware(gpus=2, launched=4, launched_here=2)).world_size == 4
+    with pytest.raises(UserError, match="has 1 GPUs"):
+        resolve(replace(config, devices=2), Hardware(gpus=1))
 
 
 @pytest.mark.parametrize(
@@ -239,6 +257,8 @@ def test_precision_follows_the_hardware() -> None:
         (["aug=[cutmix,mixup]"], ["aug=[cutmix,mixup]", "one mixer"]),
         (["dataset.name=../evil"], ["'../evil'", "folder"]),
         (["trainer.sync_bn=true", "devices=2"], ["needs GPUs", "bn_group_size"]),
+        (["trainer.sync_bn=true", "trainer.accumulate=2"], ["exclude each other"]),
+        (["dataset.val_seed=4294967296"], ["val_seed", "< 4294967296"]),
         (["schedule.momentum=0.0"], ["nesterov"]),
     ],
     ids=str,
@@ -247,7 +267,7 @@ def test_errors_say_what_was_given_and_what_is_allowed(
     overrides: list[str], said: list[str]
 ) -> None:
     with pytest.raises(UserError) as caught:
-        resolve(from_dict(compose(overrides)), Hardware(0, True))
+        resolve(from_dict(compose(overrides)), CPU)
     for text in said:
         assert text in str(caught.value)
 

@@ -152,6 +152,35 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     assert record["status"] == "failed" and "not finite" in record["error"]
 
 
+def test_a_network_that_is_ruined_by_the_last_step_is_not_kept(tmp_path: Path) -> None:
+    words = [*TINY, "schedule.lr=1e30", "trainer.max_steps=1", f"runs_dir={tmp_path}"]
+    assert "loss in evaluation mode is not finite" in refused(*words)
+    run = only_run(tmp_path)
+    assert record_of(run)["status"] == "failed"
+    assert not (run / "checkpoints").exists()
+    assert (run / "metrics.jsonl").read_text() == ""
+
+
+@pytest.mark.slow
+def test_resumed_on_another_number_of_processes(tmp_path: Path) -> None:
+    """To rounding: the weights that one process ends with differ from the unbroken run's by less
+    than a hundredth of what they moved since the kill."""
+    words = [*RUN, "precision=fp32", "trainer.bn_group_size=32", "schedule.lr=0.001"]
+    train(*words, f"runs_dir={tmp_path / 'unbroken'}")
+    broken = f"runs_dir={tmp_path / 'broken'}"
+    killed = command(str(ROOT / "tests" / "crash.py"), "step", "24", *words, broken)
+    assert killed.returncode == -signal.SIGKILL
+    middle = torch.load(
+        only_run(tmp_path / "broken") / "checkpoints" / "last.pt", weights_only=True
+    )["model"]
+    assert "continuing from step 23" in train(*words, "devices=2", broken).stdout
+    one, two = ending(tmp_path / "unbroken")[0], ending(tmp_path / "broken")[0]
+    for name in middle:
+        if middle[name].is_floating_point():
+            moved = (one[name] - middle[name]).norm()
+            assert (one[name] - two[name]).norm() <= 0.01 * moved, name
+
+
 def test_a_damaged_checkpoint_and_one_that_would_execute_are_refused(tmp_path: Path) -> None:
     words = [*TINY, "trainer.max_steps=1", f"runs_dir={tmp_path}"]
     train(*words)

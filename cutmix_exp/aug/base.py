@@ -171,7 +171,10 @@ class Regularizer:
     @staticmethod
     def check_raw(data: dict[str, Any]) -> None:
         """Refuse two mixers: Hydra has merged them field by field, into something nobody asked for."""
-        mixers = [name for name, slot in (data.get("atoms") or {}).items() if slot == "mix"]
+        atoms = data.get("atoms")
+        if not isinstance(atoms, dict):
+            return
+        mixers = [name for name, slot in atoms.items() if slot == "mix"]
         if len(mixers) > 1:
             raise UserError(
                 f"aug=[{','.join(mixers)}]: both fill the slot 'mix', which holds one mixer; "
@@ -184,8 +187,14 @@ class Regularizer:
             if held != named:
                 odd = ", ".join(sorted(held ^ named))
                 raise UserError(f"the slot '{slot}' and the atoms disagree about {odd}")
-        if "mix" not in self.atoms.values() and not isinstance(self.mix, NoMix):
-            raise UserError("the slot 'mix' is filled, but no atom names it; choose it by aug=NAME")
+        filled = {"mix": not isinstance(self.mix, NoMix), "label": self.label_smoothing > 0}
+        for slot, is_filled in filled.items():
+            if is_filled != (slot in self.atoms.values()):
+                atoms = ", ".join(n for n, s in self.atoms.items() if s == slot)
+                state = (
+                    "filled, but no atom names it" if is_filled else f"empty, but {atoms} names it"
+                )
+                raise UserError(f"the slot '{slot}' is {state}; choose what fills it by aug=NAME")
 
     @property
     def name(self) -> str:

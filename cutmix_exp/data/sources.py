@@ -143,9 +143,14 @@ def stratified_split(labels: np.ndarray, size: int, seed: int) -> tuple[np.ndarr
             f"dataset.val_size={size}: of {len(labels)} training images in {classes} classes, "
             f"between {classes} and {len(labels) - classes} can be held out (0: none)"
         )
-    kept, held_out = train_test_split(
-        np.arange(len(labels)), test_size=size, stratify=labels, random_state=seed
-    )
+    try:
+        kept, held_out = train_test_split(
+            np.arange(len(labels)), test_size=size, stratify=labels, random_state=seed
+        )
+    except ValueError as error:
+        raise UserError(
+            f"dataset.val_size={size}: no stratified split is possible: {error}"
+        ) from None
     return np.sort(kept), np.sort(held_out)
 
 
@@ -158,6 +163,12 @@ class Digits(Dataset):
     def read(self) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
         from sklearn.datasets import load_digits
 
+        if self.image_size % 8:
+            nearest = max(8, self.image_size // 8 * 8)
+            raise UserError(
+                f"dataset.image_size={self.image_size} is no multiple of the digits' 8 px, each of "
+                f"which is repeated; set dataset.image_size={nearest}"
+            )
         digits = load_digits()
         grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
         scale = self.image_size // grey.shape[1]
@@ -214,6 +225,8 @@ class Cifar(Dataset):
             raise UserError(f"dataset.num_classes={self.num_classes}: CIFAR has 10 or 100 classes")
 
     def prepare(self) -> None:
+        from torchvision.datasets.utils import check_integrity
+
         cifar = self._torchvision_class()
         root = Path(self.root).absolute()
 
@@ -226,7 +239,7 @@ class Cifar(Dataset):
         if complete():
             return
         reason = ""
-        if not (root / cifar.filename).exists():
+        if not check_integrity(str(root / cifar.filename), cifar.tgz_md5):
             reason = unreachable(cifar.url)
         if not reason:
             try:

@@ -28,8 +28,8 @@ class BatchGroups:
 
     def set(self, batch: int, num_groups: int, positions: np.ndarray) -> None:
         """Cut `positions` (contiguous, of a global batch of `batch` images in `num_groups` groups)
-        where the groups end."""
-        edges = np.arange(num_groups + 1) * batch // num_groups
+        where the groups end. Of fewer images than groups, each is a group."""
+        edges = np.unique(np.arange(num_groups + 1) * batch // num_groups)
         first, last = int(positions[0]), int(positions[-1]) + 1
         inside = [int(e) for e in edges if first < e < last]
         self.sizes = np.diff([first, *inside, last]).tolist()
@@ -47,8 +47,9 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
     def convert(cls, norm: nn.BatchNorm2d, groups: BatchGroups) -> GroupedBatchNorm2d:
         """A grouped layer that shares the tensors of `norm`."""
         grouped = cls(norm.num_features, norm.eps, norm.momentum, norm.affine)
-        grouped.load_state_dict(norm.state_dict())
         grouped.weight, grouped.bias = norm.weight, norm.bias
+        grouped.running_mean, grouped.running_var = norm.running_mean, norm.running_var
+        grouped.num_batches_tracked = norm.num_batches_tracked
         grouped.groups = groups
         return grouped
 

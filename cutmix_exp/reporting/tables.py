@@ -24,7 +24,7 @@ from cutmix_exp.schema import option
 
 BUDGETS = ("paper", "medium", "short", "smoke")
 METRICS = ("top1_error_last", "top1_error_best", "top5_error_best")
-ANY_HARDWARE = Hardware(gpus=1, bf16=True)
+ANY_HARDWARE = Hardware(gpus=1, gpu_bf16=True, cpu_bf16=True)
 """Rows are resolved for no machine in particular: what depends on it is not in a cell's hash."""
 
 

@@ -7,7 +7,7 @@ import contextlib
 import math
 import os
 import time
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -104,7 +104,7 @@ class Trainer:
         self.seconds = 0.0
         self.sums = RunningSums(world.device)
         self.checkpoints = config.run_dir / "checkpoints"
-        self.profiler = profiler(config.run_dir) if config.profile else None
+        self.after_step: Callable[[], None] = lambda: None
 
     # ---------------------------------------------------------------------------- training
 
@@ -123,11 +123,12 @@ class Trainer:
         self.clock = self.saved_at = time.monotonic()
         self.show_images(log)
         predictions = None
-        while not self.finished:
-            self.train_epoch()
-            predictions = self.finish_epoch(log)
-            if self.finished or self.epoch % self.config.checkpoint.every_epochs == 0:
-                self.save()
+        with self.profiler():
+            while not self.finished:
+                self.train_epoch()
+                predictions = self.finish_epoch(log)
+                if self.finished or self.epoch % self.config.checkpoint.every_epochs == 0:
+                    self.save()
         return predictions or self.predict(self.test)
 
     def train_epoch(self) -> None:
@@ -143,12 +144,10 @@ class Trainer:
             self.train_step(plan)
             self.epoch_images += len(plan)
             self.epoch_step, self.step = epoch_step + 1, self.step + 1
-            if self.profiler is not None:
-                self.profiler.step()
+            self.after_step()
             if self.finished:
                 break
             self.save_if_due()
-        self.check_loss()
 
     def train_step(self, plan: BatchPlan) -> None:
         """One update: forward, loss, backward of each micro-batch, then the optimizer.
@@ -172,7 +171,8 @@ class Trainer:
                     self.sums.add(losses, logits, batch.targets)
                 after_each()
         if self.world.device.type == "cpu":  # reading a loss on a GPU would make it wait
-            self.check_loss()
+            # The gradient is the ranks' mean: a loss that is not finite shows on all of them.
+            self.require_finite("training loss", [float(self.sums.values[0]), self.any_gradient()])
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -204,20 +204,41 @@ class Trainer:
             return self.network.no_sync()
         return contextlib.nullcontext()
 
-    def check_loss(self) -> None:
-        """Raises TrainingFailed if the sum of the losses is not finite."""
-        if math.isfinite(float(self.sums.values[0])):
+    def any_gradient(self) -> float:
+        """One number that is not finite if the loss was not: of the gradient of the last bias."""
+        *_, bias = self.model.parameters()
+        return 0.0 if bias.grad is None else float(bias.grad.sum())
+
+    def require_finite(self, what: str, values: list[float]) -> None:
+        """Raises TrainingFailed if one of the values is not finite."""
+        if all(map(math.isfinite, values)):
             return
         last = self.checkpoints / "last.pt"
         kept = (
             f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
         )
         raise TrainingFailed(
-            f"the training loss is not finite: epoch {self.epoch + 1}, at or before step "
-            f"{self.step + 1}, rank {self.world.rank}; {kept}\n"
+            f"the {what} is not finite: epoch {self.epoch + 1}, at or before step "
+            f"{self.step + 1}; {kept}\n"
             f"try a lower schedule.lr (now {self.config.schedule.lr}) or precision=fp32 "
             f"(now {self.config.precision})"
         )
+
+    @contextlib.contextmanager
+    def profiler(self) -> Iterator[None]:
+        """With `profile`, leaves a trace of steps 3 to 6 in the run's `profile`."""
+        if not self.config.profile:
+            yield
+            return
+        folder = self.config.run_dir / "profile"
+        with torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=1, warmup=1, active=4, repeat=1),
+            on_trace_ready=torch.profiler.tensorboard_trace_handler(str(folder)),
+        ) as trace:
+            self.after_step = trace.step
+            yield
+        if not folder.exists():
+            self.report.say("profile=true left no trace: it takes three training steps or more")
 
     # -------------------------------------------------------------------------- evaluation
 
@@ -229,6 +250,7 @@ class Trainer:
         elapsed = max(time.monotonic() - self.epoch_clock, 1e-9)
         ranks = self.world.gather(self.sums.values.tolist())
         loss, top1, top5, count = (sum(column) for column in zip(*ranks, strict=True))
+        self.require_finite("training loss", [loss])
         self.sums.values.zero_()
         self.world.average_([b for b in self.model.buffers() if b.is_floating_point()])
         train = {
@@ -246,6 +268,10 @@ class Trainer:
             new.append(self.line("val", self.predict(self.val).metrics()))
         predictions = self.predict(self.test)
         new.append(self.line("test", predictions.metrics()))
+        self.require_finite(
+            "loss in evaluation mode",
+            [line[name] for line in new for name in ("loss", "clean_loss") if name in line],
+        )
         for line in new:
             log.write(line)
         self.lines += new
@@ -279,7 +305,6 @@ class Trainer:
         if self.world.size > 1 and self.step % 20:
             return  # asking the other ranks at each step would cost more than it is worth
         if self.world.broadcast(due):
-            self.check_loss()
             self.save()
 
     def save(self) -> None:
@@ -292,7 +317,9 @@ class Trainer:
         self.seconds += now - self.clock
         self.clock = self.saved_at = now
         buffers = {name: b.cpu() for name, b in self.model.named_buffers()}
-        ranks = self.world.gather({"buffers": buffers, "sums": self.sums.values.tolist()})
+        mine: dict[str, Any] = {"buffers": buffers, "sums": self.sums.values.tolist()}
+        ranks = self.world.gather(mine)
+        self.require_finite("training loss", [part["sums"][0] for part in ranks])
         if self.world.is_main:
             state = {
                 "run_id": self.config.run_id,
@@ -357,7 +384,9 @@ def make_model(config: Config) -> nn.Module:
 
 
 def set_determinism(on: bool) -> None:
-    """The same bits from the same inputs on the same hardware."""
+    """The same bits from the same inputs on the same hardware; fp32 in full precision."""
+    torch.set_float32_matmul_precision("highest")  # fp32 is fp32: no TF32 on GPUs
+    torch.backends.cudnn.allow_tf32 = False
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
     torch.use_deterministic_algorithms(on)
@@ -370,14 +399,3 @@ def best_epoch(lines: list[Line], split: str) -> int:
     """The epoch of the lowest top-1 error; of equal ones the last, as in the authors' code."""
     scored = [line for line in lines if line["split"] == split]
     return int(min(reversed(scored), key=lambda line: line["top1_error"])["epoch"])
-
-
-def profiler(run_dir: Path) -> Any:
-    """A torch.profiler that leaves a trace of steps 3 to 6 in run_dir/profile."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    trace = torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=1, warmup=1, active=4, repeat=1),
-        on_trace_ready=torch.profiler.tensorboard_trace_handler(str(run_dir / "profile")),
-    )
-    trace.start()
-    return trace

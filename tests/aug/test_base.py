@@ -151,8 +151,9 @@ def test_protocol_has_every_switch_of_the_mixer() -> None:
         "alpha": 1.0,
         "partner": "permutation",
         "granularity": "batch",
+        "label_smoothing": 0.0,
     }
-    assert config("baseline").aug.protocol() == {}
+    assert config("baseline").aug.protocol() == {"label_smoothing": 0.0}
 
 
 # --------------------------------------------------------------------------------------- plans

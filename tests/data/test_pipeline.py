@@ -14,9 +14,12 @@ from torch.nn import functional as F
 from cutmix_exp.aug.base import Regularizer
 from cutmix_exp.aug.image import Cutout
 from cutmix_exp.aug.mix import CutMix, Mixup
+from cutmix_exp.data import pipeline as pipeline_module
+from cutmix_exp.data import sampling as sampling_module
 from cutmix_exp.data.pipeline import BatchPlan, Normalizer, ResidentPipeline
 from cutmix_exp.data.sampling import share
 from cutmix_exp.data.sources import Dataset, ImageSet
+from cutmix_exp.seeding import stream
 from tests.helpers import config_of
 from tests.oracles import mixing
 
@@ -296,10 +299,18 @@ def test_an_atom_draws_the_same_in_company() -> None:
     assert same_plans(dataclasses.replace(together, image={}), pipeline("mixup").plan(0, 0))
 
 
-def test_draws_of_different_purposes_differ() -> None:
-    plan = pipeline(batch_size=23).plan(0, 0)
-    assert not np.array_equal(plan.corner[:, 0], plan.corner[:, 1])
-    assert not np.array_equal(plan.mirrored, plan.corner[:, 0] > 4)
+def test_every_purpose_has_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def recorded(*key: Any) -> np.random.Generator:
+        asked.append(key)
+        return stream(*key)
+
+    for module in (pipeline_module, sampling_module):
+        monkeypatch.setattr(module, "stream", recorded)
+    pipeline("cutout+mixup", seed=3).plan(epoch=1, step=2)
+    at = [("crop", 1, 2), ("flip", 1, 2), ("image/cutout", 1, 2), ("mix", 1, 2), ("order", 1)]
+    assert sorted(asked) == sorted((3, *key) for key in at)
 
 
 # ----------------------------------------------------------------------------- crops and flips

@@ -67,7 +67,7 @@ def record(overrides: list[str], seed: int, error: float, **changes: Any) -> dic
                 [*overrides, f"seed={seed}", f"precision={precision}", *changes.get("more", [])]
             )
         ),
-        Hardware(0, True),
+        Hardware(cpu_bf16=True),
     )
     made = new_record(config)
     made["metrics"] = {
@@ -104,6 +104,7 @@ def test_a_cell_holds_the_seeds_of_its_row() -> None:
     (baseline,) = row_of(markdown, "Baseline")
     assert baseline[3:7] == ["not run"] * 3 + [""]
     assert "14.47 / 2.97 (best), 15.07 (last)" in cutmix[2]
+    assert "first author, clovaai/CutMix-PyTorch issue 7 (mean of 3 runs)" in markdown
     assert (
         "cifar100_pyramidnet200,paper,CutMix,300,14.47,2.97,3,0 1 2,bf16,64,15.0000,1.0000"
         in table_csv
@@ -146,7 +147,10 @@ def test_other_runs_and_unfinished_ones_stay_out(tmp_path: Path) -> None:
 
 def test_rows_of_a_table_are_different_runs() -> None:
     for name in table_names():
-        cells = [resolve(c, Hardware(1, True)).cell() for c in row_configs(load_table(name))]
+        cells = [
+            resolve(c, Hardware(gpus=1, gpu_bf16=True)).cell()
+            for c in row_configs(load_table(name))
+        ]
         assert len(set(cells)) == len(cells), name
 
 
