@@ -137,11 +137,14 @@ def test_tensorboard_is_written_anew_on_resume(tmp_path: Path) -> None:
 def test_a_run_in_use_is_refused(tmp_path: Path) -> None:
     import fcntl
 
-    train(*TINY, "trainer.max_steps=1", f"runs_dir={tmp_path}")
+    words = [*TINY, "trainer.max_steps=1", f"runs_dir={tmp_path}"]
+    assert (
+        command(str(ROOT / "tests" / "crash.py"), "step", "1", *words).returncode == -signal.SIGKILL
+    )
     with open(only_run(tmp_path) / ".lock") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        said = refused(*TINY, "trainer.max_steps=1", f"runs_dir={tmp_path}")
-    assert "in use by process" in said
+        assert "in use by process" in refused(*words)
+    train(*words)  # the lock went with its holder
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
