@@ -58,6 +58,8 @@ def train(config: Config, world: World, report: Reporter) -> Record:
     """Train to the end, or leave a record that says why not."""
     record = new_record(config)
     before = left_behind(config)
+    if before is not None:
+        continue_record(record, before)
     for line in notes(config):
         report.say(line)
     if world.is_main:
@@ -81,8 +83,6 @@ def train(config: Config, world: World, report: Reporter) -> Record:
         report.say(f"{config.model.name}: {count_parameters(trainer.model):,} parameters")
         if trainer.resume():
             report.say(f"continuing from step {trainer.step}")
-            if before is not None:
-                continue_record(record, before)
         log = RunLog(config.run_dir, config, trainer.lines) if world.is_main else NoLog()
         predictions = trainer.fit(log)
         record["metrics"] = metrics_of(trainer.lines)
@@ -120,7 +120,9 @@ def summary(record: Record) -> str:
 
 
 def left_behind(config: Config) -> Record | None:
-    """The record that an earlier start of this run left, if it can be read."""
+    """The record of an earlier start of this run that left a checkpoint, if it can be read."""
+    if not (config.run_dir / "checkpoints" / "last.pt").exists():
+        return None
     try:
         return read_record(config.run_dir / "record.json")
     except UserError:

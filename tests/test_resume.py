@@ -25,7 +25,15 @@ from tests.helpers import (
     train,
 )
 
-RUN = [*TINY, "aug=cutmix", "aug.mix.prob=1.0", "schedule.epochs=3"]
+SMALL = [
+    "dataset=synthetic",
+    "dataset.num_classes=10",
+    "dataset.train_size=380",  # six steps an epoch, the last one of 60 images
+    "dataset.test_size=100",
+    "schedule.lr=0.05",
+    *TINY[1:],
+]
+RUN = [*SMALL, "aug=cutmix", "aug.mix.prob=1.0", "schedule.epochs=3"]
 
 
 def ending(runs: Path) -> tuple[Any, Any, Any]:
@@ -58,7 +66,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
 @pytest.mark.parametrize(
     ("moment", "count"),
     [
-        ("step", 30),  # in the second epoch
+        ("step", 8),  # in the second epoch
         ("evaluation", 4),  # of the second epoch, on the test set
         ("save", 2),  # the second checkpoint is half written
     ],
@@ -70,9 +78,9 @@ def test_killed_and_repeated(moment: str, count: int, tmp_path: Path, unbroken: 
     run = only_run(tmp_path)
     assert record_of(run)["status"] == "running"
     kept = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
-    assert kept["step"] == 23  # the end of the first epoch, whole
+    assert kept["step"] == 6  # the end of the first epoch, whole
     done = train(*words)
-    assert "continuing from step 23" in done.stdout
+    assert "continuing from step 6" in done.stdout
     assert_same(ending(tmp_path), unbroken)
     steps = [(n["step"], n["split"]) for n in metrics_of(run)]
     assert len(steps) == len(set(steps)) == 6
@@ -81,7 +89,7 @@ def test_killed_and_repeated(moment: str, count: int, tmp_path: Path, unbroken: 
 def test_killed_before_the_first_checkpoint(tmp_path: Path, unbroken: Any) -> None:
     words = [*RUN, f"runs_dir={tmp_path}"]
     assert (
-        command(str(ROOT / "tests" / "crash.py"), "step", "5", *words).returncode == -signal.SIGKILL
+        command(str(ROOT / "tests" / "crash.py"), "step", "3", *words).returncode == -signal.SIGKILL
     )
     train(*words)
     assert_same(ending(tmp_path), unbroken)
@@ -90,16 +98,21 @@ def test_killed_before_the_first_checkpoint(tmp_path: Path, unbroken: Any) -> No
 @pytest.mark.slow
 def test_resumed_in_mid_epoch(tmp_path: Path, unbroken: Any) -> None:
     words = [*RUN, f"runs_dir={tmp_path}", "checkpoint.every_minutes=0.000001"]
-    killed = command(str(ROOT / "tests" / "crash.py"), "step", "31", *words)
-    assert killed.returncode == -signal.SIGKILL
+    for count in ("8", "3"):  # the second start takes two steps, to the ninth
+        killed = command(str(ROOT / "tests" / "crash.py"), "step", count, *words)
+        assert killed.returncode == -signal.SIGKILL
     done = train(*words)
-    assert "continuing from step 30" in done.stdout
+    assert "continuing from step 9" in done.stdout
     assert_same(ending(tmp_path), unbroken)
+    starts = record_of(only_run(tmp_path))["provenance"]["starts"]
+    assert len(starts) == 3
 
 
 @pytest.mark.slow
 def test_two_processes_killed_in_mid_epoch_and_repeated(tmp_path: Path) -> None:
-    words = [*RUN, "devices=2", "checkpoint.every_minutes=0.000001"]
+    # The ranks agree on a checkpoint every 20 steps: the first one is in the fourth epoch.
+    late = ["schedule.epochs=7", "checkpoint.every_epochs=100", "checkpoint.every_minutes=0.000001"]
+    words = [*RUN[:-1], *late, "devices=2"]
     train(*words, f"runs_dir={tmp_path / 'unbroken'}")
     broken = tmp_path / "broken"
     started = subprocess.Popen(
@@ -131,13 +144,13 @@ def test_tensorboard_is_written_anew_on_resume(tmp_path: Path) -> None:
     assert len(files) == 1
     board = EventAccumulator(str(files[0]), purge_orphaned_data=False)
     board.Reload()
-    assert [e.step for e in board.Scalars("train/loss")] == [23, 46, 69]
+    assert [e.step for e in board.Scalars("train/loss")] == [6, 12, 18]
 
 
 def test_a_run_in_use_is_refused(tmp_path: Path) -> None:
     import fcntl
 
-    words = [*TINY, "trainer.max_steps=1", f"runs_dir={tmp_path}"]
+    words = [*SMALL, "trainer.max_steps=1", f"runs_dir={tmp_path}"]
     assert (
         command(str(ROOT / "tests" / "crash.py"), "step", "1", *words).returncode == -signal.SIGKILL
     )
@@ -148,7 +161,7 @@ def test_a_run_in_use_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    said = refused(*TINY, "schedule.lr=1e30", f"runs_dir={tmp_path}")
+    said = refused(*SMALL, "schedule.lr=1e30", f"runs_dir={tmp_path}")
     assert "not finite" in said and "step 2" in said and "schedule.lr" in said
     assert "there is no checkpoint yet" in said
     record = record_of(only_run(tmp_path))
@@ -156,7 +169,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
 
 
 def test_a_network_that_is_ruined_by_the_last_step_is_not_kept(tmp_path: Path) -> None:
-    words = [*TINY, "schedule.lr=1e30", "trainer.max_steps=1", f"runs_dir={tmp_path}"]
+    words = [*SMALL, "schedule.lr=1e30", "trainer.max_steps=1", f"runs_dir={tmp_path}"]
     assert "loss in evaluation mode is not finite" in refused(*words)
     run = only_run(tmp_path)
     assert record_of(run)["status"] == "failed"
@@ -168,15 +181,15 @@ def test_a_network_that_is_ruined_by_the_last_step_is_not_kept(tmp_path: Path) -
 def test_resumed_on_another_number_of_processes(tmp_path: Path) -> None:
     """To rounding: the weights that one process ends with differ from the unbroken run's by less
     than a hundredth of what they moved since the kill."""
-    words = [*RUN, "precision=fp32", "trainer.bn_group_size=32", "schedule.lr=0.001"]
+    words = [*RUN, "precision=fp32", "trainer.bn_group_size=32"]
     train(*words, f"runs_dir={tmp_path / 'unbroken'}")
     broken = f"runs_dir={tmp_path / 'broken'}"
-    killed = command(str(ROOT / "tests" / "crash.py"), "step", "24", *words, broken)
+    killed = command(str(ROOT / "tests" / "crash.py"), "step", "8", *words, broken)
     assert killed.returncode == -signal.SIGKILL
     middle = torch.load(
         only_run(tmp_path / "broken") / "checkpoints" / "last.pt", weights_only=True
     )["model"]
-    assert "continuing from step 23" in train(*words, "devices=2", broken).stdout
+    assert "continuing from step 6" in train(*words, "devices=2", broken).stdout
     one, two = ending(tmp_path / "unbroken")[0], ending(tmp_path / "broken")[0]
     for name in middle:
         if middle[name].is_floating_point():
@@ -185,7 +198,7 @@ def test_resumed_on_another_number_of_processes(tmp_path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_and_one_that_would_execute_are_refused(tmp_path: Path) -> None:
-    words = [*TINY, "trainer.max_steps=1", f"runs_dir={tmp_path}"]
+    words = [*SMALL, "trainer.max_steps=1", f"runs_dir={tmp_path}"]
     train(*words)
     run = only_run(tmp_path)
     record = record_of(run)
@@ -206,10 +219,10 @@ def test_a_damaged_checkpoint_and_one_that_would_execute_are_refused(tmp_path: P
 
 
 def test_an_unfinished_run_of_another_batchnorm_group_is_mentioned(tmp_path: Path) -> None:
-    words = [*TINY, f"runs_dir={tmp_path}"]
+    words = [*SMALL, f"runs_dir={tmp_path}"]
     killed = command(
         str(ROOT / "tests" / "crash.py"), "step", "3", *words, "trainer.bn_group_size=32"
     )
     assert killed.returncode == -signal.SIGKILL
-    done = train(*words, "schedule.epochs=2")
+    done = train(*words)
     assert "differs from this one only in its BatchNorm group size (32, here 64)" in done.stdout
