@@ -24,9 +24,11 @@ def config_of(*overrides: str) -> Config:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment of a fresh shell in the repository: no launcher's variables."""
+    """The environment of a fresh shell in the repository: no launcher's variables, and one thread
+    for each process, which is faster for small networks."""
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
     kept = {k: v for k, v in os.environ.items() if k not in launcher}
+    kept["OMP_NUM_THREADS"] = "1"
     return {**kept, "PYTHONPATH": f"{ROOT}{os.pathsep}{kept.get('PYTHONPATH', '')}", **extra}
 
 

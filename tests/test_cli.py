@@ -160,7 +160,12 @@ def test_force_starts_over_and_gives_the_same_bits(first: tuple[Path, str]) -> N
 @pytest.mark.slow
 def test_the_papers_network_on_synthetic_images(tmp_path: Path) -> None:
     done = train(
-        "model=pyramidnet", "aug=cutmix", "dataset=synthetic", "trainer.max_steps=3", cwd=tmp_path
+        "model=pyramidnet",
+        "aug=cutmix",
+        "dataset=synthetic",
+        "trainer.max_steps=3",
+        cwd=tmp_path,
+        OMP_NUM_THREADS="2",
     )
     assert "26,844,952 parameters" in done.stdout
     run = only_run(tmp_path / "runs")
