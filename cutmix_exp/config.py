@@ -291,13 +291,14 @@ def resolve(config: Config, hardware: Hardware | None = None) -> Config:
             devices, the model does not fit the images, ...
     """
     hardware = hardware or Hardware.here()
-    dataset, schedule = config.dataset, config.schedule
+    dataset, schedule = config.dataset.resolve(), config.schedule
     epochs = schedule.epochs or config.budget.epochs_for(
         dataset.name, config.model.name, schedule.full_epochs
     )
     device = _device(config, hardware)
     resolved = replace(
         config,
+        dataset=dataset,
         device=device,
         devices=_devices(config, device, hardware),
         precision=_precision(config, device, hardware),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,24 +42,64 @@ class ImageSet:
     def to(self, device: torch.device) -> ImageSet:
         return ImageSet(self.images.to(device), self.labels.to(device))
 
+    def contents(self) -> Iterator[bytes]:
+        """What the fingerprint is made of: every pixel and label."""
+        yield self.images.contiguous().numpy().tobytes()
+        yield self.labels.numpy().tobytes()
+
+
+@dataclass(frozen=True)
+class FileSet:
+    """N image files that are decoded when they are needed.
+
+    Attributes:
+        root: the folder that the names start from.
+        names: bytes [N], each file's path below `root` (an array, not a list of objects: worker
+            processes share its memory).
+        sizes: int64 [N], of the files in bytes.
+        labels: int64 [N].
+    """
+
+    root: Path
+    names: np.ndarray
+    sizes: np.ndarray
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def path(self, index: int) -> Path:
+        return self.root / os.fsdecode(self.names[index])
+
+    def at(self, index: np.ndarray) -> FileSet:
+        labels = self.labels[torch.from_numpy(index)]
+        return FileSet(self.root, self.names[index], self.sizes[index], labels)
+
+    def contents(self) -> Iterator[bytes]:
+        """What the fingerprint is made of: names, sizes and labels, since reading all files of an
+        ImageNet would take hours."""
+        yield b"\n".join(self.names.tolist())
+        yield self.sizes.astype(np.int64).tobytes()
+        yield self.labels.numpy().tobytes()
+
 
 @dataclass(frozen=True)
 class Splits:
-    """A loaded data set. `val` is None unless a validation split was asked for."""
+    """A loaded data set: decoded, or as files. `val` is None unless a validation split was asked
+    for."""
 
-    train: ImageSet
-    val: ImageSet | None
-    test: ImageSet
+    train: ImageSet | FileSet
+    val: ImageSet | FileSet | None
+    test: ImageSet | FileSet
     class_names: tuple[str, ...]
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits of the SHA-256 of all images and labels."""
+        """16 hexadecimal digits of the SHA-256 of the sets' contents."""
         digest = hashlib.sha256()
         for part in (self.train, self.val, self.test):
-            if part is not None:
-                digest.update(part.images.contiguous().numpy().tobytes())
-                digest.update(part.labels.numpy().tobytes())
+            for content in part.contents() if part is not None else ():
+                digest.update(content)
         return digest.hexdigest()[:16]
 
 
@@ -72,8 +113,18 @@ class Dataset(Part):
         image_size: side in pixels; the images are square.
         num_classes: number of labels.
         mean, std: of the training images in [0, 1], per channel, for the normalisation.
-        crop_padding: zeros on each side before the random crop.
+        crop: how training images are cropped: `pad` (a window of the padded image) or
+            `random_resized` (a box of random area and aspect, resized; Szegedy et al.).
+        crop_padding, padding_mode: pixels added on each side, and what is in them.
+        crop_scale, crop_ratio: ranges of the random box's share of the image, and of its width
+            over height.
         flip: mirror half of the training images.
+        color_jitter: brightness, contrast and saturation are blended by up to so much, in random
+            order (data/augment.py).
+        lighting: standard deviation of the PCA lighting noise (Krizhevsky et al. 2012).
+        eval_resize: shorter side in pixels before the centre crop of test images that stream;
+            None is `image_size` * 8/7, the usual 256 for 224.
+        workers: processes that decode images that stream; None is one for each core.
         val_size: number of training images held out for validation, stratified by class; 0: none.
         val_seed: draws the validation split; not the run's seed, so that runs share the split.
     """
@@ -84,8 +135,16 @@ class Dataset(Part):
     num_classes: int = option(ge=2)
     mean: tuple[float, ...] = option(ge=0, le=1)
     std: tuple[float, ...] = option(gt=0)
+    crop: Literal["pad", "random_resized"] = option("pad", neutral="pad")
     crop_padding: int = option(4, ge=0)
+    padding_mode: Literal["zeros", "reflect"] = option("zeros", neutral="zeros")
+    crop_scale: tuple[float, ...] = option((0.08, 1.0), gt=0, le=1, neutral=(0.08, 1.0))
+    crop_ratio: tuple[float, ...] = option((3 / 4, 4 / 3), gt=0, neutral=(3 / 4, 4 / 3))
     flip: bool = True
+    color_jitter: float = option(0.0, ge=0, le=1, neutral=0.0)
+    lighting: float = option(0.0, ge=0, neutral=0.0)
+    eval_resize: int | None = option(None, ge=1, neutral=None)
+    workers: int | None = option(None, ge=0, identity=False)
     val_size: int = option(0, ge=0)
     val_seed: int = option(0, ge=0, lt=2**32)
 
@@ -95,6 +154,23 @@ class Dataset(Part):
                 raise UserError(
                     f"dataset.{field} has {len(getattr(self, field))} values; expected 3"
                 )
+        for field in ("crop_scale", "crop_ratio"):
+            limits = getattr(self, field)
+            if len(limits) != 2 or limits[0] > limits[1]:
+                raise UserError(f"dataset.{field}={list(limits)}: expected [smallest,largest]")
+        if self.padding_mode == "reflect" and self.crop_padding >= self.image_size:
+            raise UserError(
+                f"dataset.crop_padding={self.crop_padding}: reflection pads by less than the image's "
+                f"{self.image_size} px"
+            )
+
+    def resolve(self) -> Dataset:
+        """Fill in what depends on the data itself (class-folder trees); explicit values win.
+
+        Raises:
+            UserError: the data is missing.
+        """
+        return self
 
     def prepare(self) -> None:
         """Make sure that the data is there, downloading it where that is possible.
@@ -103,17 +179,19 @@ class Dataset(Part):
             UserError: it is not, and cannot be had; says where it was looked for.
         """
 
-    def read(self) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
+    def read(self) -> tuple[ImageSet | FileSet, ImageSet | FileSet, tuple[str, ...]]:
         """Training images, test images, class names."""
         raise NotImplementedError
 
     def load(self) -> Splits:
-        """All images in host memory, with the validation split taken off the training images."""
+        """The sets (decoded ones in host memory), with the validation split taken off the training
+        images."""
         self.prepare()
         train, test, class_names = self.read()
         for part in (train, test):
-            height, width = part.images.shape[2:]
-            if (height, width) != (self.image_size, self.image_size):
+            size = (self.image_size, self.image_size)
+            height, width = part.images.shape[2:] if isinstance(part, ImageSet) else size
+            if (height, width) != size:
                 raise UserError(
                     f"{self.name} has images of {height}x{width} px, but "
                     f"dataset.image_size={self.image_size}; set dataset.image_size={height}"
