@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cutmix_exp.config import from_dict, hydra_messages, resolve
 from cutmix_exp.distributed import is_main_process, launched_world
-from cutmix_exp.errors import UserError
+from cutmix_exp.errors import LocalError, UserError
 from cutmix_exp.launch import USER_ERROR, WorkerFailed, launch
 
 
@@ -27,8 +27,8 @@ def main(composed: DictConfig) -> None:
 
 
 def tell(error: object, status: int) -> None:
-    """Say what is wrong, once for all processes, and end."""
-    if is_main_process():
+    """Say what is wrong, once for all processes that it concerns, and end."""
+    if is_main_process() or isinstance(error, LocalError):
         print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(status)
 

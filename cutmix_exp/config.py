@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from cutmix_exp import schema
-from cutmix_exp.aug.base import Regularizer
+from cutmix_exp.aug.base import NoMix, Regularizer
 from cutmix_exp.data.sources import Dataset
 from cutmix_exp.distributed import launched_world
 from cutmix_exp.errors import UserError
@@ -194,6 +194,13 @@ class Config:
         """Images that share BatchNorm statistics (rounded up where shares differ by one)."""
         return self.trainer.bn_group_size or -(-self.schedule.batch_size // self.bn_groups)
 
+    @property
+    def pairing_shares(self) -> int:
+        """In how many parts a batch falls for the pairing: images that stream are paired by the
+        rank that has decoded them."""
+        mixes = not isinstance(self.aug.mix, NoMix)
+        return self.world_size if self.dataset.streams and mixes else 1
+
     def identity(self) -> dict[str, Any]:
         """Everything that can move a number, the seed apart."""
         known: dict[str, Any] = schema.identity_of(self)
@@ -202,6 +209,8 @@ class Config:
         known["trainer"]["bn_group_size"] = self.bn_group_size
         if self.schedule.batch_size % self.bn_groups:
             known["trainer"]["bn_groups"] = self.bn_groups  # the size is rounded: it is not enough
+        if self.pairing_shares > 1:
+            known["pairing_shares"] = self.pairing_shares
         if not self.dataset.val_size:
             known["dataset"].pop("val_seed")
         return known
@@ -213,6 +222,7 @@ class Config:
         known.pop("precision")
         known["trainer"].pop("bn_group_size")
         known["trainer"].pop("bn_groups", None)
+        known.pop("pairing_shares", None)
         return _hash(known)
 
     @property

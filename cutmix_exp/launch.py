@@ -8,7 +8,7 @@ import sys
 
 from cutmix_exp.config import Config
 from cutmix_exp.distributed import is_main_process, launched_world
-from cutmix_exp.errors import UserError
+from cutmix_exp.errors import LocalError, UserError
 
 USER_ERROR = 2
 """Exit status of a process that has told the user what is wrong."""
@@ -76,7 +76,7 @@ def worker(config: Config) -> None:
     try:
         experiment.run(config)
     except UserError as error:
-        if is_main_process():
+        if is_main_process() or isinstance(error, LocalError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cutmix_exp.data.sampling import share
 from cutmix_exp.errors import UserError
 from cutmix_exp.schema import Part, option, to_dict
 
@@ -28,11 +29,21 @@ Partner = Literal["permutation", "roll", "flip"]
 
 @dataclass(frozen=True)
 class BatchShape:
-    """Size of a global batch of images."""
+    """Size of a global batch of images.
+
+    Attributes:
+        shares: in how many contiguous parts the batch falls for the pairing: 1, or the number of
+            ranks where each pairs the images that it has.
+    """
 
     batch: int
     height: int
     width: int
+    shares: int = 1
+
+    def parts(self) -> list[np.ndarray]:
+        """The positions of each share, int64."""
+        return [share(self.batch, part, self.shares) for part in range(self.shares)]
 
 
 @dataclass(frozen=True)
@@ -77,13 +88,21 @@ def two_weights(host_share: np.ndarray) -> np.ndarray:
     return np.stack([host, np.float32(1) - host])
 
 
-def draw_partner(kind: Partner, batch: int, rng: np.random.Generator) -> np.ndarray:
+def draw_partner(kind: Partner, shape: BatchShape, rng: np.random.Generator) -> np.ndarray:
     """Partner of each position, int64 [B]: a permutation (the authors), the previous image
-    (torchvision) or the mirrored position (timm). The permutation is drawn in any case, so that
-    the kind of partner does not shift what is drawn next."""
-    permutation = rng.permutation(batch)
-    order = np.arange(batch)
-    return {"permutation": permutation, "roll": np.roll(order, 1), "flip": order[::-1].copy()}[kind]
+    (torchvision) or the mirrored position (timm), within each share of the batch. The permutation
+    is drawn in any case, so that the kind of partner does not shift what is drawn next."""
+    permutation = rng.permutation(shape.batch)
+    partners = np.empty(shape.batch, np.int64)
+    for part in shape.parts():
+        # A share's part of a uniform permutation, ranked, is a uniform permutation of the share.
+        ranked = {
+            "permutation": permutation[part].argsort().argsort(),
+            "roll": np.roll(np.arange(len(part)), 1),
+            "flip": np.arange(len(part))[::-1],
+        }[kind]
+        partners[part] = part[ranked]
+    return partners
 
 
 def mix_targets(plan: MixPlan, sources: list[Tensor]) -> Tensor:

@@ -85,7 +85,7 @@ class _PairMixer(Mixer):
         assert self.prob is not None, "resolve() comes first"
         acts = rng.random(n) < self.prob
         lam = rng.beta(self.alpha, self.alpha, n)
-        return acts, lam, draw_partner(self.partner, shape.batch, rng)
+        return acts, lam, draw_partner(self.partner, shape, rng)
 
 
 @dataclass(frozen=True, kw_only=True)

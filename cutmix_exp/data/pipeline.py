@@ -1,8 +1,14 @@
-"""The path of small images: the whole set lives on the device as uint8; crop, flip, normalise and
-mix are batched tensor work, without worker processes."""
+"""From a set of images to the batches that the network sees.
+
+`Pipeline` draws everything for a global batch and finishes it on the device: colours,
+normalisation, image operations, mixing, soft labels. Where the cropped pixels come from is the
+subclass's: `ResidentPipeline` cuts them from a set that lives on the device, without worker
+processes; `streaming.StreamingPipeline` decodes files.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cutmix_exp.aug.base import BatchShape, MixPlan, Regularizer, mix_targets
+from cutmix_exp.data.augment import (
+    crop_boxes,
+    draw_colors,
+    draw_crops,
+    pad_images,
+    recolor,
+    resized_crops,
+)
 from cutmix_exp.data.sampling import epoch_order, steps_per_epoch
-from cutmix_exp.data.sources import Dataset, ImageSet
+from cutmix_exp.data.sources import Dataset, FileSet, ImageSet
 from cutmix_exp.seeding import stream
 
 
@@ -22,15 +36,17 @@ class BatchPlan:
 
     Attributes:
         index: int64 [B], which training images.
-        corner: int64 [B, 2], top and left of the crop in the padded image.
+        crop: [B, ...], see `augment.draw_crops`.
         mirrored: bool [B].
+        color: float64 [B, 9] or [B, 0], see `augment.draw_colors`.
         image: the plans of the image operations, by atom; first axis B.
         mix: the mixer's plan.
     """
 
     index: np.ndarray
-    corner: np.ndarray
+    crop: np.ndarray
     mirrored: np.ndarray
+    color: np.ndarray
     image: dict[str, np.ndarray]
     mix: MixPlan
 
@@ -62,87 +78,98 @@ class Normalizer:
         self.std = torch.tensor(dataset.std, device=device)[:, None, None]
 
     def __call__(self, images: Tensor) -> Tensor:
-        return images.float().div_(255).sub_(self.mean).div_(self.std)
+        return self.standardize(self.unit(images))
+
+    def unit(self, images: Tensor) -> Tensor:
+        """uint8 to float32 in [0, 1]."""
+        return images.float().div_(255)
+
+    def standardize(self, images: Tensor) -> Tensor:
+        """Minus the mean, over the std; in place."""
+        return images.sub_(self.mean).div_(self.std)
 
     def inverse(self, images: Tensor) -> Tensor:
         """Normalised images back to [0, 1], for looking at them."""
         return (images * self.std + self.mean).clamp(0, 1)
 
 
-class ResidentPipeline:
-    """Serves training batches from a set that lives on the device.
+class Pipeline:
+    """Serves training batches. Subclasses say where cropped and flipped pixels come from.
 
-    Partners are drawn from the global batch: a rank makes the partners of its share itself, from
-    the same keyed draws as the rank that owns them, so that no images travel between ranks.
+    Args:
+        labels: int64 [N], of the training images, on the device.
+        shares: in how many parts, one for each rank, a batch falls for the pairing; 1 pairs over
+            the whole global batch.
     """
 
     def __init__(
         self,
-        train: ImageSet,
+        labels: Tensor,
         dataset: Dataset,
         aug: Regularizer,
         *,
         seed: int,
         batch_size: int,
         device: torch.device,
+        shares: int = 1,
     ) -> None:
-        held = train.to(device)
-        pad = dataset.crop_padding
-        self.labels = held.labels
-        # A view [N, 3, 2p+1, 2p+1, H, W]: every crop of every padded image, without a copy.
-        height, width = held.images.shape[2:]
-        padded = F.pad(held.images, (pad, pad, pad, pad))
-        self.crops = padded.unfold(2, height, 1).unfold(3, width, 1)
-        self.shape = (height, width)
-        self.pad = pad
-        self.flip = dataset.flip
+        self.labels = labels
+        self.dataset = dataset
         self.num_classes = dataset.num_classes
+        self.shape = (dataset.image_size, dataset.image_size)
         self.normalize = Normalizer(dataset, device)
         self.aug = aug
         self.seed = seed
         self.batch_size = batch_size
         self.device = device
+        self.shares = shares
         self._order: tuple[int, np.ndarray] | None = None
+
+    def pixels(self, plan: BatchPlan, positions: np.ndarray) -> Tensor:
+        """Images uint8 [n, 3, H, W] at some positions of the global batch, cropped and flipped."""
+        raise NotImplementedError
 
     @property
     def steps_per_epoch(self) -> int:
         return steps_per_epoch(len(self.labels), self.batch_size)
+
+    def plans(self, epoch: int, first_step: int, epochs: int) -> Iterator[BatchPlan]:
+        """The plans of an epoch's steps from `first_step` on, of a training of `epochs`."""
+        for step in range(first_step, self.steps_per_epoch):
+            yield self.plan(epoch, step, (epoch + step / self.steps_per_epoch) / epochs)
 
     def plan(self, epoch: int, step: int, progress: float = 0.0) -> BatchPlan:
         """Draw what happens to one global batch; one stream per purpose (see seeding.py)."""
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, epoch_order(self.seed, epoch, len(self.labels)))
         index = self._order[1][step * self.batch_size : (step + 1) * self.batch_size]
-        shape = BatchShape(len(index), *self.shape)
+        count = len(index)
+        shape = BatchShape(count, *self.shape, shares=self.shares)
 
         def draws(purpose: str) -> np.random.Generator:
             return stream(self.seed, purpose, epoch, step)
 
-        mirrored = draws("flip").random(len(index)) < 0.5
+        mirrored = draws("flip").random(count) < 0.5
         return BatchPlan(
             index=index,
-            corner=draws("crop").integers(0, 2 * self.pad + 1, size=(len(index), 2)),
-            mirrored=mirrored & self.flip,
+            crop=draw_crops(self.dataset, count, draws("crop")),
+            mirrored=mirrored & self.dataset.flip,
+            color=draw_colors(self.dataset, count, draws("color")),
             image={n: op.sample(shape, draws(f"image/{n}")) for n, op in self.aug.image.items()},
             mix=self.aug.mix.sample(shape, progress, draws("mix")),
         )
 
     def images_at(self, plan: BatchPlan, positions: np.ndarray) -> Tensor:
         """Images [n, 3, H, W] at some positions of the global batch, all but mixed."""
-        index, corner, mirrored = (
-            torch.from_numpy(a[positions]).to(self.device, non_blocking=True)
-            for a in (plan.index, plan.corner, plan.mirrored)
-        )
-        images = self.crops[index, :, corner[:, 0], corner[:, 1]]
-        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-        images = self.normalize(images)
+        images = self.normalize.unit(self.pixels(plan, positions))
+        images = self.normalize.standardize(recolor(images, plan.color[positions]))
         for name, op in self.aug.image.items():
             images = op.apply(plan.image[name][positions], images)
         return images
 
     def targets_at(self, plan: BatchPlan, positions: np.ndarray) -> Tensor:
         """One-hot labels float32 [n, K] at some positions of the global batch."""
-        index = torch.from_numpy(plan.index[positions]).to(self.device, non_blocking=True)
+        index = self.put(plan.index[positions])
         return F.one_hot(self.labels[index], self.num_classes).float()
 
     def sources(self, plan: BatchPlan, positions: np.ndarray) -> list[Tensor]:
@@ -166,3 +193,75 @@ class ResidentPipeline:
             targets=mix_targets(mix, [self.targets_at(plan, p) for p in labels]),
             global_size=len(plan),
         )
+
+    def put(self, array: np.ndarray) -> Tensor:
+        """An array of the host on the device."""
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+
+class ResidentPipeline(Pipeline):
+    """Serves training batches from a set that lives on the device.
+
+    Partners are drawn from the global batch: a rank makes the partners of its share itself, from
+    the same keyed draws as the rank that owns them, so that no images travel between ranks.
+    """
+
+    def __init__(
+        self,
+        train: ImageSet,
+        dataset: Dataset,
+        aug: Regularizer,
+        *,
+        seed: int,
+        batch_size: int,
+        device: torch.device,
+    ) -> None:
+        held = train.to(device)
+        super().__init__(held.labels, dataset, aug, seed=seed, batch_size=batch_size, device=device)
+        self.shape = (held.images.shape[2], held.images.shape[3])
+        if dataset.crop == "random_resized":
+            self.images = held.images
+        else:
+            # A view [N, 3, 2p+1, 2p+1, H, W]: every window of every padded image, without a copy.
+            padded = pad_images(held.images, dataset.crop_padding, dataset.padding_mode)
+            self.windows = padded.unfold(2, self.shape[0], 1).unfold(3, self.shape[1], 1)
+
+    def pixels(self, plan: BatchPlan, positions: np.ndarray) -> Tensor:
+        index, mirrored = self.put(plan.index[positions]), self.put(plan.mirrored[positions])
+        if self.dataset.crop == "random_resized":
+            boxes = crop_boxes(self.dataset, plan.crop[positions], *self.shape)
+            images = resized_crops(self.images[index], self.put(boxes), self.shape[0])
+        else:
+            corner = self.put(plan.crop[positions])
+            images = self.windows[index, :, corner[:, 0], corner[:, 1]]
+        return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+
+
+def make_pipeline(
+    train: ImageSet | FileSet,
+    dataset: Dataset,
+    aug: Regularizer,
+    *,
+    seed: int,
+    batch_size: int,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Pipeline:
+    """The pipeline that fits the set: decoded images are resident, files stream."""
+    if isinstance(train, ImageSet):
+        return ResidentPipeline(
+            train, dataset, aug, seed=seed, batch_size=batch_size, device=device
+        )
+    from cutmix_exp.data.streaming import StreamingPipeline
+
+    return StreamingPipeline(
+        train,
+        dataset,
+        aug,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        rank=rank,
+        world_size=world_size,
+    )

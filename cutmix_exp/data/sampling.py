@@ -24,3 +24,10 @@ def steps_per_epoch(size: int, batch_size: int) -> int:
 def share(size: int, rank: int, world_size: int) -> np.ndarray:
     """Positions of a rank in a batch: contiguous, and the ranks' counts differ by at most one."""
     return np.arange(size * rank // world_size, size * (rank + 1) // world_size)
+
+
+def share_or_last(size: int, rank: int, world_size: int) -> np.ndarray:
+    """What a rank computes on: its share, or the batch's last image where it has none, since it
+    must join every collective."""
+    mine = share(size, rank, world_size)
+    return mine if len(mine) else np.array([size - 1])

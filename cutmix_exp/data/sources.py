@@ -42,6 +42,11 @@ class ImageSet:
     def to(self, device: torch.device) -> ImageSet:
         return ImageSet(self.images.to(device), self.labels.to(device))
 
+    def batches(self, indices: list[np.ndarray]) -> Iterator[Tensor]:
+        """The images uint8 [n, 3, H, W] of each list of indices, for an evaluation."""
+        for index in indices:
+            yield self.images[torch.from_numpy(index)]
+
     def contents(self) -> Iterator[bytes]:
         """What the fingerprint is made of: every pixel and label."""
         yield self.images.contiguous().numpy().tobytes()
@@ -163,6 +168,11 @@ class Dataset(Part):
                 f"dataset.crop_padding={self.crop_padding}: reflection pads by less than the image's "
                 f"{self.image_size} px"
             )
+
+    @property
+    def streams(self) -> bool:
+        """Whether `read` gives files that are decoded when they are needed."""
+        return False
 
     def resolve(self) -> Dataset:
         """Fill in what depends on the data itself (class-folder trees); explicit values win.

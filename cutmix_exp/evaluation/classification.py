@@ -6,18 +6,34 @@ batch whatever the number of processes; and the sums are taken in the order of t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from cutmix_exp.data.pipeline import Normalizer
-from cutmix_exp.data.sources import ImageSet
 from cutmix_exp.distributed import World
 
 BATCH = 250
+
+
+class EvaluationSet(Protocol):
+    """Images to be judged: an `ImageSet` on the device, or a `StreamedSet`.
+
+    Attributes:
+        labels: int64 [N].
+    """
+
+    @property
+    def labels(self) -> Tensor: ...
+    def __len__(self) -> int: ...
+    def batches(self, indices: list[np.ndarray]) -> Iterator[Tensor]:
+        """The images uint8 [n, 3, H, W], on the device, of each list of indices."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -50,7 +66,7 @@ class Predictions:
 @torch.no_grad()
 def predict(
     network: nn.Module,
-    data: ImageSet,
+    data: EvaluationSet,
     normalize: Normalizer,
     world: World,
     dtype: torch.dtype,
@@ -62,15 +78,16 @@ def predict(
     was_training = network.training
     network.eval()
     size, batch = len(data), min(BATCH, len(data))
+    numbers = range(world.rank, -(-size // batch), world.size)
+    # The last batch is filled up with its last image.
+    indices = [np.minimum(np.arange(n * batch, (n + 1) * batch), size - 1) for n in numbers]
     mine: list[tuple[int, dict[str, np.ndarray]]] = []
-    for number in range(world.rank, -(-size // batch), world.size):
-        first = number * batch
-        index = torch.arange(first, first + batch, device=data.labels.device).clamp_(max=size - 1)
-        labels = data.labels[index]
+    for number, index, images in zip(numbers, indices, data.batches(indices), strict=True):
         with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
-            logits = network(normalize(data.images[index]))
-        real = min(batch, size - first)
-        mine.append((number, _read_off(logits.float()[:real], labels[:real])))
+            logits = network(normalize(images))
+        real = min(batch, size - number * batch)
+        labels = data.labels[torch.from_numpy(index[:real])].to(world.device)
+        mine.append((number, _read_off(logits.float()[:real], labels)))
     network.train(was_training)
     batches = sorted(
         (item for part in world.gather(mine) for item in part), key=lambda item: item[0]
@@ -79,7 +96,7 @@ def predict(
     return Predictions(**columns)
 
 
-def _read_off(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, np.ndarray]:
+def _read_off(logits: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = (best == labels[:, None]) & logits.isfinite().all(1, keepdim=True)
     out = {

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from cutmix_exp.config import Config
-from cutmix_exp.data.pipeline import BatchPlan, ResidentPipeline
+from cutmix_exp.data.pipeline import BatchPlan, Pipeline, make_pipeline
 from cutmix_exp.data.sources import Splits
 
 
-def first_mixed_plan(pipeline: ResidentPipeline, tries: int = 50) -> BatchPlan:
+def first_mixed_plan(pipeline: Pipeline, tries: int = 50) -> BatchPlan:
     """The first batch of the training that is mixed (the coin may leave batches alone)."""
     steps = pipeline.steps_per_epoch
     for number in range(tries):
@@ -28,7 +28,7 @@ def contact_sheet(config: Config, splits: Splits, rows: int = 8) -> bytes:
     from matplotlib.figure import Figure
 
     device = torch.device("cpu")
-    pipeline = ResidentPipeline(
+    pipeline = make_pipeline(
         splits.train,
         config.dataset,
         config.aug,

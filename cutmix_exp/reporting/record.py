@@ -45,7 +45,7 @@ def new_record(config: Config) -> Record:
             "bn_group_size": config.bn_group_size,
             "bn_synchronised": config.trainer.sync_bn,
             "deterministic": config.trainer.deterministic,
-            "partner_scope": "global batch",
+            "partner_scope": "global batch" if config.pairing_shares == 1 else "rank",
             "selection": "last epoch; best is the best epoch on the test set (the paper's rule); "
             "val_selected is the best epoch on held-out training images, where there are any",
         },

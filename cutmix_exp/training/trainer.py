@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cutmix_exp.config import Config
-from cutmix_exp.data.pipeline import BatchPlan, ResidentPipeline
-from cutmix_exp.data.sampling import share
-from cutmix_exp.data.sources import Splits
+from cutmix_exp.data.pipeline import BatchPlan, make_pipeline
+from cutmix_exp.data.sampling import share, share_or_last
+from cutmix_exp.data.sources import FileSet, ImageSet, Splits
 from cutmix_exp.distributed import World
 from cutmix_exp.errors import UserError
-from cutmix_exp.evaluation.classification import Predictions, predict
+from cutmix_exp.evaluation.classification import EvaluationSet, Predictions, predict
 from cutmix_exp.models.batchnorm import BatchGroups, group_batchnorm, micro_batches
 from cutmix_exp.seeding import stream, torch_seed
 from cutmix_exp.training.checkpoint import load_checkpoint, save_checkpoint
@@ -75,19 +75,21 @@ class Trainer:
     def __init__(self, config: Config, splits: Splits, world: World, report: Reporter) -> None:
         self.config, self.world, self.report = config, world, report
         set_determinism(config.trainer.deterministic)
-        self.pipeline = ResidentPipeline(
+        self.pipeline = make_pipeline(
             splits.train,
             config.dataset,
             config.aug,
             seed=config.seed,
             batch_size=config.schedule.batch_size,
             device=world.device,
+            rank=world.rank,
+            world_size=world.size,
         )
-        self.test = splits.test.to(world.device)
-        self.val = None if splits.val is None else splits.val.to(world.device)
+        self.test = self.at_hand(splits.test)
+        self.val = None if splits.val is None else self.at_hand(splits.val)
         # Drawn, since a set may be ordered by class; the same images in every run on the set.
         drawn = stream(0, "probe").permutation(len(splits.train))[:PROBE]
-        self.probe = splits.train.at(np.sort(drawn)).to(world.device)
+        self.probe = self.at_hand(splits.train.at(np.sort(drawn)))
 
         self.model = make_model(config).to(memory_format=config.model.memory_format)
         self.model.to(world.device)
@@ -137,10 +139,12 @@ class Trainer:
             group["lr"] = rate
         total = self.pipeline.steps_per_epoch
         progress = f"epoch {self.epoch + 1}/{self.config.epochs}"
-        self.epoch_clock, self.epoch_images = time.monotonic(), 0
+        self.epoch_clock, self.epoch_images, self.epoch_waited = time.monotonic(), 0, 0.0
+        plans = self.pipeline.plans(self.epoch, self.epoch_step, self.config.epochs)
         for epoch_step in self.report.steps(progress, self.epoch_step, total):
-            done = (self.epoch + epoch_step / total) / self.config.epochs
-            plan = self.pipeline.plan(self.epoch, epoch_step, done)
+            waiting = time.monotonic()
+            plan = next(plans)
+            self.epoch_waited += time.monotonic() - waiting
             self.train_step(plan)
             self.epoch_images += len(plan)
             self.epoch_step, self.step = epoch_step + 1, self.step + 1
@@ -189,10 +193,10 @@ class Trainer:
         A rank without images (a last batch smaller than the number of ranks) takes an image of
         another with weight 0, so that it joins every collective.
         """
-        accumulate = self.config.trainer.accumulate
-        mine = range(self.world.rank * accumulate, (self.world.rank + 1) * accumulate)
-        cut = [share(batch, part, self.world.size * accumulate) for part in mine]
-        return [(p, 1.0) for p in cut if len(p)] or [(np.array([batch - 1]), 0.0)]
+        rank, size, accumulate = self.world.rank, self.world.size, self.config.trainer.accumulate
+        mine = range(rank * accumulate, (rank + 1) * accumulate)
+        cut = [share(batch, part, size * accumulate) for part in mine]
+        return [(p, 1.0) for p in cut if len(p)] or [(share_or_last(batch, rank, size), 0.0)]
 
     def autocast(self) -> torch.autocast:
         dtype = self.config.dtype
@@ -242,7 +246,15 @@ class Trainer:
 
     # -------------------------------------------------------------------------- evaluation
 
-    def predict(self, data: Any) -> Predictions:
+    def at_hand(self, data: ImageSet | FileSet) -> EvaluationSet:
+        """A set ready to be evaluated: on the device, or decoded as it is needed."""
+        if isinstance(data, ImageSet):
+            return data.to(self.world.device)
+        from cutmix_exp.data.streaming import StreamedSet
+
+        return StreamedSet(data, self.config.dataset, self.world.device)
+
+    def predict(self, data: EvaluationSet) -> Predictions:
         return predict(self.model, data, self.pipeline.normalize, self.world, self.config.dtype)
 
     def finish_epoch(self, log: Log) -> Predictions:
@@ -259,6 +271,7 @@ class Trainer:
             "top5_error": 100.0 * top5 / count,
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_second": self.epoch_images / elapsed,
+            "data_wait": 100.0 * self.epoch_waited / elapsed,
         }
         if self.config.trainer.max_steps is None:
             probe = self.predict(self.probe).metrics()
@@ -283,7 +296,7 @@ class Trainer:
             f"epoch {new[-1]['epoch']}/{self.config.epochs}  step {self.step}  "
             f"lr {train['lr']:g}  train loss {train['loss']:.4f}  "
             + "".join(f"{n['split']} error {n['top1_error']:.2f} %  " for n in new[1:])
-            + f"{train['images_per_second']:.0f} images/s"
+            + f"{train['images_per_second']:.0f} images/s, {train['data_wait']:.0f} % waiting for data"
         )
         return predictions
 

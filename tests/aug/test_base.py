@@ -162,7 +162,7 @@ def test_protocol_has_every_switch_of_the_mixer() -> None:
 @pytest.mark.parametrize("batch", [1, 2, 7])
 def test_partners_of_each_kind(batch: int) -> None:
     def draw(kind: Partner) -> np.ndarray:
-        return draw_partner(kind, batch, stream(0, "mix"))
+        return draw_partner(kind, BatchShape(batch, 4, 4), stream(0, "mix"))
 
     assert sorted(draw("permutation")) == list(range(batch))
     assert draw("roll").tolist() == [(i - 1) % batch for i in range(batch)]
@@ -170,7 +170,10 @@ def test_partners_of_each_kind(batch: int) -> None:
 
 
 def test_permutations_are_all_drawn() -> None:
-    drawn = {tuple(draw_partner("permutation", 3, stream(0, "mix", step=s))) for s in range(100)}
+    drawn = {
+        tuple(draw_partner("permutation", BatchShape(3, 4, 4), stream(0, "mix", step=s)))
+        for s in range(100)
+    }
     assert drawn == set(itertools.permutations(range(3)))
 
 

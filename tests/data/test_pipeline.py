@@ -82,8 +82,8 @@ def reference_images(
             mixing.pad_crop_flip_normalise(
                 train.images[plan.index[p]].permute(1, 2, 0).numpy(),
                 pad,
-                int(plan.corner[p, 0]),
-                int(plan.corner[p, 1]),
+                int(plan.crop[p, 0]),
+                int(plan.crop[p, 1]),
                 bool(plan.mirrored[p]),
                 DATASET.mean,
                 DATASET.std,
@@ -96,7 +96,7 @@ def reference_images(
 def same_plans(one: BatchPlan, other: BatchPlan) -> bool:
     mixes = [(p.mix.partners, p.mix.weights, p.mix.boxes) for p in (one, other)]
     pairs = [
-        *((getattr(one, f), getattr(other, f)) for f in ("index", "corner", "mirrored")),
+        *((getattr(one, f), getattr(other, f)) for f in ("index", "crop", "mirrored", "color")),
         *zip(*mixes, strict=True),
         *((one.image[name], other.image[name]) for name in one.image),
     ]
@@ -275,7 +275,7 @@ def test_each_draw_changes_with_seed_epoch_and_step(change: dict[str, int]) -> N
         pipeline("cutout+mixup", seed=w["seed"]).plan(w["epoch"], w["step"])
         for w in (at, at | change)
     )
-    for draw in ("index", "corner"):
+    for draw in ("index", "crop"):
         assert not np.array_equal(getattr(one, draw), getattr(other, draw))
     assert not np.array_equal(one.image["cutout"], other.image["cutout"])
     assert one.mix.weights[0, 0] != other.mix.weights[0, 0]
@@ -286,7 +286,7 @@ def test_methods_share_order_crops_and_flips(aug: str) -> None:
     """Common random numbers: what a method draws beyond these shifts none of them."""
     for step in range(3):
         plain, other = (pipeline(name, seed=1).plan(1, step) for name in ("baseline", aug))
-        for draw in ("index", "corner", "mirrored"):
+        for draw in ("index", "crop", "mirrored", "color"):
             np.testing.assert_array_equal(getattr(plain, draw), getattr(other, draw))
 
 
@@ -309,7 +309,14 @@ def test_every_purpose_has_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) 
     for module in (pipeline_module, sampling_module):
         monkeypatch.setattr(module, "stream", recorded)
     pipeline("cutout+mixup", seed=3).plan(epoch=1, step=2)
-    at = [("crop", 1, 2), ("flip", 1, 2), ("image/cutout", 1, 2), ("mix", 1, 2), ("order", 1)]
+    at = [
+        ("color", 1, 2),
+        ("crop", 1, 2),
+        ("flip", 1, 2),
+        ("image/cutout", 1, 2),
+        ("mix", 1, 2),
+        ("order", 1),
+    ]
     assert sorted(asked) == sorted((3, *key) for key in at)
 
 
@@ -333,10 +340,10 @@ def test_digits_are_never_flipped() -> None:
 
 def test_all_crop_offsets_occur_equally_often() -> None:
     plan = pipeline(train=noise(9000, 2, 2), batch_size=9000).plan(0, 0)
-    assert plan.corner.shape == (9000, 2)
+    assert plan.crop.shape == (9000, 2)
     low, high = binom.interval(0.99999, 9000, 1 / 9)
     for axis in (0, 1):
-        values, counts = np.unique(plan.corner[:, axis], return_counts=True)
+        values, counts = np.unique(plan.crop[:, axis], return_counts=True)
         assert values.tolist() == list(range(9))
         assert low <= counts.min()
         assert counts.max() <= high
@@ -344,4 +351,4 @@ def test_all_crop_offsets_occur_equally_often() -> None:
 
 def test_without_padding_nothing_is_cropped() -> None:
     plan = pipeline(crop_padding=0).plan(0, 0)
-    np.testing.assert_array_equal(plan.corner, 0)
+    np.testing.assert_array_equal(plan.crop, 0)

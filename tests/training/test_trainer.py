@@ -77,7 +77,7 @@ def plain_loop(
                 config.dataset.mean,
                 config.dataset.std,
             )
-            for i, (dy, dx) in zip(plan.index, plan.corner, strict=True)
+            for i, (dy, dx) in zip(plan.index, plan.crop, strict=True)
         ]
         labels = splits.train.labels[torch.from_numpy(plan.index)]
         onehot = np.eye(10)[labels.numpy()]
@@ -165,7 +165,14 @@ def test_a_rank_without_images_contributes_nothing(splits: Splits) -> None:
     t.world = World(0, 3, torch.device("cpu"))
     assert t.parts(2)[0][1] == 0.0
     plan = t.pipeline.plan(0, 0)
-    one = type(plan)(plan.index[:2], plan.corner[:2], plan.mirrored[:2], {}, module_unmixed(2))
+    one = replace(
+        plan,
+        index=plan.index[:2],
+        crop=plan.crop[:2],
+        mirrored=plan.mirrored[:2],
+        color=plan.color[:2],
+        mix=module_unmixed(2),
+    )
     assert all(float(g.abs().max()) == 0.0 for g in gradients(t, one))
     assert t.sums.values.tolist() == [0.0, 0.0, 0.0, 0.0]
 
@@ -200,7 +207,7 @@ def test_methods_of_one_seed_share_weights_order_and_crops(splits: Splits) -> No
     for epoch, step in ((0, 0), (0, 22), (1, 3)):
         one, two = base.pipeline.plan(epoch, step), other.pipeline.plan(epoch, step)
         assert np.array_equal(one.index, two.index)
-        assert np.array_equal(one.corner, two.corner)
+        assert np.array_equal(one.crop, two.crop)
         assert np.array_equal(one.mirrored, two.mirrored)
         assert two.mix.num_sources == 2 and set(two.image) == {"cutout"}
 

@@ -1,0 +1,213 @@
+"""The path of large images: files are decoded, cropped and flipped in worker processes by
+torchvision, and travel to the device as uint8.
+
+What happens to an image was drawn before, for the whole global batch; a worker only carries it
+out. So nothing depends on how many workers there are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from torchvision.transforms.v2 import functional as vision
+
+from cutmix_exp.aug.base import Regularizer
+from cutmix_exp.data.augment import crop_boxes
+from cutmix_exp.data.decoding import decode
+from cutmix_exp.data.pipeline import BatchPlan, Pipeline
+from cutmix_exp.data.sampling import share_or_last
+from cutmix_exp.data.sources import Dataset, FileSet
+from cutmix_exp.errors import LocalError, UserError
+
+
+def cropped(image: Tensor, dataset: Dataset, draw: np.ndarray, mirrored: bool) -> Tensor:
+    """A training image uint8 [3, S, S] from a decoded one [3, H, W].
+
+    `pad` first resizes the shorter side to S and takes the centre, if the image is of another size.
+    """
+    size = dataset.image_size
+    if dataset.crop == "random_resized":
+        ((top, left, height, width),) = crop_boxes(dataset, draw[None], *image.shape[1:]).tolist()
+        image = vision.resized_crop(image, top, left, height, width, [size, size], antialias=True)
+    else:
+        image = centred(image, size, size)
+        mode = {"zeros": "constant", "reflect": "reflect"}[dataset.padding_mode]
+        image = vision.pad(image, [dataset.crop_padding], padding_mode=mode)
+        top, left = draw.tolist()
+        image = image[:, top : top + size, left : left + size]
+    return image.flip(-1) if mirrored else image
+
+
+def centred(image: Tensor, resized: int, size: int) -> Tensor:
+    """The centre [3, size, size] of an image whose shorter side is first made `resized` long."""
+    if min(image.shape[1:]) != resized:
+        image = vision.resize(image, [resized], antialias=True)
+    return vision.center_crop(image, [size, size])
+
+
+Task = tuple[int, np.ndarray | None, bool]
+"""An image's index; how it is cropped (None: the centre, for evaluation); whether it is mirrored."""
+
+
+class DecodedCrops(TorchDataset):
+    """What a worker does: tasks to images."""
+
+    def __init__(self, files: FileSet, dataset: Dataset) -> None:
+        self.files, self.dataset = files, dataset
+
+    def __getitem__(self, task: Task) -> Tensor:
+        index, draw, mirrored = task
+        image = decode(self.files.path(index))
+        if draw is None:
+            resized = self.dataset.eval_resize or -(-self.dataset.image_size * 256 // 224)
+            return centred(image, resized, self.dataset.image_size)
+        return cropped(image, self.dataset, draw, mirrored)
+
+    def __getitems__(self, tasks: list[Task]) -> Tensor | str:
+        """A batch uint8 [n, 3, S, S], or the message of what went wrong: an exception would reach
+        the user as the worker's traceback."""
+        try:
+            return torch.stack([self[task] for task in tasks])
+        except UserError as error:
+            return str(error)
+
+
+class Decoder:
+    """Lists of tasks to batches of images, by worker processes that work ahead."""
+
+    def __init__(self, files: FileSet, dataset: Dataset, device: torch.device) -> None:
+        self.crops = DecodedCrops(files, dataset)
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = len(os.sched_getaffinity(0))
+        self.workers = dataset.workers if dataset.workers is not None else max(1, cores // here)
+        self.device = device
+
+    def now(self, tasks: list[Task]) -> Tensor:
+        """One batch, decoded in this process. Raises LocalError: a file is no image."""
+        return self._checked(self.crops.__getitems__(tasks))
+
+    def ahead(self, batches: list[list[Task]] | BatchTasks) -> Iterator[Tensor]:
+        """All batches, in order. Raises LocalError: a file is no image."""
+        loader = DataLoader(
+            self.crops,
+            batch_sampler=batches,
+            num_workers=self.workers,
+            collate_fn=lambda images: images,
+            pin_memory=self.device.type == "cuda",
+            # The loader's own seed for its workers, who draw nothing: not from torch's generator.
+            generator=torch.Generator(),
+        )
+        for images in loader:
+            yield self._checked(images)
+
+    def _checked(self, images: Tensor | str) -> Tensor:
+        if isinstance(images, str):
+            raise LocalError(images)
+        return images.to(self.device, non_blocking=True)
+
+
+class BatchTasks:
+    """The tasks of an epoch's batches, made one by one as the workers ask for them; keeps the
+    plans until their images have come."""
+
+    def __init__(self, pipeline: StreamingPipeline, plans: Iterator[BatchPlan], steps: int) -> None:
+        self.pipeline, self.plans, self.steps = pipeline, plans, steps
+        self.waiting: list[tuple[BatchPlan, np.ndarray]] = []
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[Task]]:
+        for plan in self.plans:
+            held = self.pipeline.needed(plan)
+            self.waiting.append((plan, held))
+            yield tasks_of(plan, held)
+
+
+def tasks_of(plan: BatchPlan, positions: np.ndarray) -> list[Task]:
+    """What is to be done for some positions of a global batch."""
+    return [(int(plan.index[p]), plan.crop[p], bool(plan.mirrored[p])) for p in positions]
+
+
+@dataclass(frozen=True)
+class StreamedPlan(BatchPlan):
+    """A plan whose images, those that one rank needs, are at hand.
+
+    Attributes:
+        held: int64 [n], sorted positions in the global batch.
+        decoded: uint8 [n, 3, S, S] on the device.
+    """
+
+    held: np.ndarray
+    decoded: Tensor
+
+
+class StreamingPipeline(Pipeline):
+    """Serves training batches from files.
+
+    A rank pairs the images of its own share: decoding its partners as well would double the work.
+    """
+
+    def __init__(
+        self,
+        train: FileSet,
+        dataset: Dataset,
+        aug: Regularizer,
+        *,
+        seed: int,
+        batch_size: int,
+        device: torch.device,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        super().__init__(
+            train.labels.to(device),
+            dataset,
+            aug,
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+            shares=world_size,
+        )
+        self.rank = rank
+        self.decoder = Decoder(train, dataset, device)
+
+    def needed(self, plan: BatchPlan) -> np.ndarray:
+        """The positions whose images this rank needs, sorted: its share and the partners."""
+        mine = share_or_last(len(plan), self.rank, self.shares)
+        return np.unique(np.concatenate([mine, *plan.mix.partners[:, mine]]))
+
+    def plans(self, epoch: int, first_step: int, epochs: int) -> Iterator[BatchPlan]:
+        steps = self.steps_per_epoch - first_step
+        tasks = BatchTasks(self, super().plans(epoch, first_step, epochs), steps)
+        for decoded in self.decoder.ahead(tasks):
+            plan, held = tasks.waiting.pop(0)
+            drawn = {field.name: getattr(plan, field.name) for field in fields(plan)}
+            yield StreamedPlan(**drawn, held=held, decoded=decoded)
+
+    def pixels(self, plan: BatchPlan, positions: np.ndarray) -> Tensor:
+        if not isinstance(plan, StreamedPlan):
+            return self.decoder.now(tasks_of(plan, positions))
+        return plan.decoded[self.put(np.searchsorted(plan.held, positions))]
+
+
+class StreamedSet:
+    """A set whose images are decoded each time it is evaluated: the centre crop of each."""
+
+    def __init__(self, files: FileSet, dataset: Dataset, device: torch.device) -> None:
+        self.labels = files.labels
+        self.decoder = Decoder(files, dataset, device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self, indices: list[np.ndarray]) -> Iterator[Tensor]:
+        """The images uint8 [n, 3, S, S], on the device, of each list of indices."""
+        yield from self.decoder.ahead([[(int(i), None, False) for i in part] for part in indices])
