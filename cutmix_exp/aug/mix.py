@@ -95,8 +95,8 @@ class PairMixer(Mixer):
     Attributes:
         prob: probability of mixing; one coin per batch, or per sample.
         alpha: of Beta(alpha, alpha), from which lambda is drawn.
-        partner: `permutation` of the batch (CutMix and Mixup authors), `roll` (torchvision) or
-            `flip` (timm).
+        partner: `permutation` of the batch (CutMix and Mixup authors), `roll` (torchvision),
+            `flip` (timm) or `dataset`: drawn from the whole data set (ildoonet/cutmix).
         granularity: one coin and lambda per `batch` (authors) or per `sample`.
         prob_schedule: `constant`, or `linear`: the probability grows from 0 to `prob` over the
             training (the paper's "Scheduled CutMix").
@@ -107,6 +107,10 @@ class PairMixer(Mixer):
     partner: Partner = "permutation"
     granularity: Granularity = "batch"
     prob_schedule: Literal["constant", "linear"] = option("constant", neutral="constant")
+
+    @property
+    def wants_guests(self) -> bool:
+        return self.partner == "dataset"
 
     def resolve(self, image_size: int) -> PairMixer:
         """Mix always, unless `prob` is given."""

@@ -3,6 +3,7 @@ mix are batched tensor work, without worker processes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,11 +22,12 @@ class BatchPlan:
     """Everything that is drawn for one global batch of B images.
 
     Attributes:
-        index: int64 [B], which training images.
+        index: int64 [B], which training images. Where the mixer wants guests, they follow: this
+            and the next three have 2B rows.
         corner: int64 [B, 2], top and left of the crop in the padded image.
         mirrored: bool [B].
         image: the plans of the image operations, by atom; first axis B.
-        mix: the mixer's plan.
+        mix: the mixer's plan of the batch.
     """
 
     index: np.ndarray
@@ -35,7 +37,7 @@ class BatchPlan:
     mix: MixPlan
 
     def __len__(self) -> int:
-        return len(self.index)
+        return self.mix.weights.shape[1]
 
 
 @dataclass(frozen=True)
@@ -113,18 +115,31 @@ class ResidentPipeline:
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, epoch_order(self.seed, epoch, len(self.labels)))
         index = self._order[1][step * self.batch_size : (step + 1) * self.batch_size]
-        shape = BatchShape(len(index), *self.shape)
 
         def draws(purpose: str) -> np.random.Generator:
             return stream(self.seed, purpose, epoch, step)
 
-        mirrored = draws("flip").random(len(index)) < 0.5
+        shapes = [BatchShape(len(index), *self.shape)]
+        if self.aug.mix.wants_guests:
+            guests = draws("guests").integers(0, len(self.labels), len(index))
+            index = np.concatenate([index, guests])
+            shapes *= 2
+
+        def rows(
+            purpose: str, draw: Callable[[BatchShape, np.random.Generator], np.ndarray]
+        ) -> np.ndarray:
+            """Drawn for the batch and then for its guests, who thus shift none of its draws."""
+            rng = draws(purpose)
+            return np.concatenate([draw(shape, rng) for shape in shapes])
+
+        corner = rows("crop", lambda s, rng: rng.integers(0, 2 * self.pad + 1, size=(s.batch, 2)))
+        mirrored = rows("flip", lambda s, rng: rng.random(s.batch) < 0.5)
         return BatchPlan(
             index=index,
-            corner=draws("crop").integers(0, 2 * self.pad + 1, size=(len(index), 2)),
+            corner=corner,
             mirrored=mirrored & self.flip,
-            image={n: op.sample(shape, draws(f"image/{n}")) for n, op in self.aug.image.items()},
-            mix=self.aug.mix.sample(shape, progress, draws("mix")),
+            image={n: rows(f"image/{n}", op.sample) for n, op in self.aug.image.items()},
+            mix=self.aug.mix.sample(shapes[0], progress, draws("mix")),
         )
 
     def images_at(self, plan: BatchPlan, positions: np.ndarray) -> Tensor:
@@ -159,10 +174,11 @@ class ResidentPipeline:
 
     def batch(self, plan: BatchPlan, positions: np.ndarray) -> Batch:
         """The mixed images and soft labels of some positions of the global batch."""
-        mix = plan.mix.at(positions)
+        sources = self.sources(plan, positions)
+        mix = self.aug.mix.finish(plan.mix.at(positions), sources)
         labels = [positions, *mix.partners]
         return Batch(
-            images=self.aug.mix.apply(mix, self.sources(plan, positions)),
+            images=self.aug.mix.apply(mix, sources),
             targets=mix_targets(mix, [self.targets_at(plan, p) for p in labels]),
             global_size=len(plan),
         )

@@ -39,7 +39,9 @@ def contact_sheet(config: Config, splits: Splits, rows: int = 8) -> bytes:
     plan = first_mixed_plan(pipeline)
     positions = np.arange(min(rows, len(plan)))
     batch = pipeline.batch(plan, positions)
-    columns = [*pipeline.sources(plan, positions), batch.images]
+    sources = pipeline.sources(plan, positions)
+    mix = config.aug.mix.finish(plan.mix.at(positions), sources)
+    columns = [*sources, batch.images]
     partners = [f"partner {i + 1}" for i in range(len(columns) - 2)]
     titles = ["image", *(["partner"] if len(partners) == 1 else partners), "mixed"]
 
@@ -50,7 +52,7 @@ def contact_sheet(config: Config, splits: Splits, rows: int = 8) -> bytes:
             shown = pipeline.normalize.inverse(images[row]).permute(1, 2, 0).numpy()
             axis.imshow(shown, interpolation="nearest")
         label = label_text(batch.targets[row], splits.class_names)
-        own = float(plan.mix.weights[0, positions[row]])
+        own = float(mix.weights[0, row])
         axes[row][-1].text(0, 0.5, f"lambda {own:.3f}\n{label}", va="center", fontsize=10)
         for axis in axes[row]:
             axis.set_axis_off()
