@@ -197,7 +197,9 @@ class Config:
     @property
     def pairing_shares(self) -> int:
         """In how many parts a batch falls for the pairing: images that stream are paired by the
-        rank that has decoded them."""
+        rank that has decoded them, features within one forward pass."""
+        if self.aug.mix.mixes_features:
+            return self.world_size * self.trainer.accumulate
         mixes = not isinstance(self.aug.mix, NoMix)
         return self.world_size if self.dataset.streams and mixes else 1
 

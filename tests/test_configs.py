@@ -67,6 +67,12 @@ def test_cifar_recipe() -> None:
         "granularity": "batch",
         "box_law": "official",
         "correct_lambda": True,
+        "prob_schedule": "constant",
+        "centre": "uniform",
+        "centre_std": 0.25,
+        "fixed_lambda": None,
+        "max_aspect": 1.0,
+        "label": "area",
         "label_smoothing": 0.0,
     }
     both = config_of("dataset=cifar100", "aug=cutout_mixup").aug.protocol()

@@ -12,6 +12,7 @@ a rank can apply its slice of it, and nothing about a draw is ever stored in an 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -24,7 +25,7 @@ from cutmix_exp.errors import UserError
 from cutmix_exp.schema import Part, option, to_dict
 
 Slot = Literal["image", "mix", "network", "label"]
-Partner = Literal["permutation", "roll", "flip"]
+Partner = Literal["permutation", "roll", "flip", "dataset"]
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,15 @@ class BatchShape:
     Attributes:
         shares: in how many contiguous parts the batch falls for the pairing: 1, or the number of
             ranks where each pairs the images that it has.
+        maps: height and width of the network's maps by layer, for mixers inside it: of the image,
+            after the stem, after each stage.
     """
 
     batch: int
     height: int
     width: int
     shares: int = 1
+    maps: tuple[tuple[int, int], ...] = ()
 
     def parts(self) -> list[np.ndarray]:
         """The positions of each share, int64."""
@@ -53,15 +57,20 @@ class MixPlan:
     Source 0 of an image is the image itself; `partners` says which images are the others.
 
     Attributes:
-        partners: int64 [S-1, B], positions in the global batch.
+        partners: int64 [S-1, B], positions in the global batch; B..2B-1 are its guests, where the
+            mixer wants them (`Mixer.wants_guests`).
         weights: float32 [S, B], label weight of each source; every column sums to exactly 1.
         boxes: int64 [B, 4] as (top, left, bottom, right), bottom and right exclusive; None where
             the mixer has no boxes.
+        arrays: what else the mixer has drawn, by name; the first axis is the position.
+        layer: where images meet: 0 as images, k as features of the network (aug/feature.py).
     """
 
     partners: np.ndarray
     weights: np.ndarray
     boxes: np.ndarray | None = None
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    layer: int = 0
 
     @property
     def num_sources(self) -> int:
@@ -70,7 +79,14 @@ class MixPlan:
     def at(self, positions: np.ndarray) -> MixPlan:
         """The plan of some positions of the batch; `partners` still point into the global batch."""
         boxes = None if self.boxes is None else self.boxes[positions]
-        return MixPlan(self.partners[:, positions], self.weights[:, positions], boxes)
+        arrays = {name: array[positions] for name, array in self.arrays.items()}
+        partners, weights = self.partners[:, positions], self.weights[:, positions]
+        return MixPlan(partners, weights, boxes, arrays, self.layer)
+
+    @property
+    def image_partners(self) -> np.ndarray:
+        """The partners whose images are needed, int64 [S-1, B]; none where features meet."""
+        return self.partners[:0] if self.layer else self.partners
 
 
 def unmixed(batch: int) -> MixPlan:
@@ -88,11 +104,24 @@ def two_weights(host_share: np.ndarray) -> np.ndarray:
     return np.stack([host, np.float32(1) - host])
 
 
+def exact_weights(shares: np.ndarray) -> np.ndarray:
+    """Label weights [S, B] float32 from shares [S, B] whose columns sum to 1, summing to exactly 1.
+
+    Multiples of 2**-24 as in `two_weights`; the largest share takes up what rounding leaves.
+    """
+    grid = np.rint(np.asarray(shares, np.float64) * 2**24)
+    grid[grid.argmax(0), np.arange(grid.shape[1])] += 2**24 - grid.sum(0)
+    return (grid / 2**24).astype(np.float32)
+
+
 def draw_partner(kind: Partner, shape: BatchShape, rng: np.random.Generator) -> np.ndarray:
     """Partner of each position, int64 [B]: a permutation (the authors), the previous image
-    (torchvision) or the mirrored position (timm), within each share of the batch. The permutation
-    is drawn in any case, so that the kind of partner does not shift what is drawn next."""
+    (torchvision) or the mirrored position (timm), each within a share of the batch, or a guest of
+    its own, drawn from the whole data set (ildoonet/cutmix). The permutation is drawn in any case,
+    so that the kind of partner does not shift what is drawn next."""
     permutation = rng.permutation(shape.batch)
+    if kind == "dataset":
+        return shape.batch + np.arange(shape.batch)
     partners = np.empty(shape.batch, np.int64)
     for part in shape.parts():
         # A share's part of a uniform permutation, ranked, is a uniform permutation of the share.
@@ -114,9 +143,32 @@ def mix_targets(plan: MixPlan, sources: list[Tensor]) -> Tensor:
     return mixed
 
 
+class PlanReceiver:
+    """What a mixer has put into the network: here nothing."""
+
+    def set(self, plan: MixPlan, positions: np.ndarray) -> None:
+        """Told before each forward pass: the plan (`MixPlan.at`) of the images in it, which are at
+        these positions of the global batch."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mixer(Part):
     """Slot `mix`. Subclasses draw a `MixPlan` and combine images accordingly."""
+
+    @property
+    def wants_guests(self) -> bool:
+        """Whether partners come from the whole data set: then a batch of B images has B guests, at
+        the positions B..2B-1, which are drawn, cropped, flipped and changed as its own images."""
+        return False
+
+    @property
+    def mixes_features(self) -> bool:
+        """Whether it may act inside the network, on the images of one forward pass."""
+        return False
+
+    def attach(self, network: torch.nn.Module) -> PlanReceiver:
+        """Prepare a network for mixing inside it."""
+        return PlanReceiver()
 
     def resolve(self, image_size: int) -> Mixer:
         """Fill in defaults that depend on the image's side in pixels; explicit values win."""
@@ -125,6 +177,11 @@ class Mixer(Part):
     def sample(self, shape: BatchShape, progress: float, rng: np.random.Generator) -> MixPlan:
         """Draw a plan for a global batch; `progress` is the share of the training that is done."""
         raise NotImplementedError
+
+    def finish(self, plan: MixPlan, sources: list[Tensor]) -> MixPlan:
+        """The plan of n positions once their sources [n, C, H, W] are seen: for mixers whose boxes
+        and label weights depend on the images. Partners stay as they are."""
+        return plan
 
     def apply(self, plan: MixPlan, sources: list[Tensor]) -> Tensor:
         """Combine `plan.num_sources` image tensors [n, C, H, W] into one; inputs stay as they are."""
@@ -197,7 +254,8 @@ class Regularizer:
         if len(mixers) > 1:
             raise UserError(
                 f"aug=[{','.join(mixers)}]: both fill the slot 'mix', which holds one mixer; "
-                f"choose one of them: aug={mixers[0]} or aug={mixers[-1]}"
+                f"choose one of them: aug={mixers[0]} or aug={mixers[-1]}; "
+                "aug=cutmix_or_mixup draws one of two for each batch"
             )
 
     def __post_init__(self) -> None:

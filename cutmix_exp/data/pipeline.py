@@ -8,8 +8,9 @@ processes; `streaming.StreamingPipeline` decodes files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,18 +30,21 @@ from cutmix_exp.data.sampling import epoch_order, steps_per_epoch
 from cutmix_exp.data.sources import Dataset, FileSet, ImageSet
 from cutmix_exp.seeding import stream
 
+Maps = tuple[tuple[int, int], ...]
+
 
 @dataclass(frozen=True)
 class BatchPlan:
     """Everything that is drawn for one global batch of B images.
 
     Attributes:
-        index: int64 [B], which training images.
+        index: int64 [B], which training images. Where the mixer wants guests, they follow: this
+            and the next four have 2B rows.
         crop: [B, ...], see `augment.draw_crops`.
         mirrored: bool [B].
         color: float64 [B, 9] or [B, 0], see `augment.draw_colors`.
         image: the plans of the image operations, by atom; first axis B.
-        mix: the mixer's plan.
+        mix: the mixer's plan of the batch.
     """
 
     index: np.ndarray
@@ -51,7 +55,7 @@ class BatchPlan:
     mix: MixPlan
 
     def __len__(self) -> int:
-        return len(self.index)
+        return self.mix.weights.shape[1]
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,13 @@ class Batch:
     Attributes:
         images: float32 [n, 3, H, W], normalised and mixed.
         targets: float32 [n, K], soft labels whose rows sum to 1.
+        mix: the plan of these images, by which features may still be mixed in the network.
         global_size: B, the number of images of all ranks together.
     """
 
     images: Tensor
     targets: Tensor
+    mix: MixPlan
     global_size: int
 
 
@@ -98,8 +104,7 @@ class Pipeline:
 
     Args:
         labels: int64 [N], of the training images, on the device.
-        shares: in how many parts, one for each rank, a batch falls for the pairing; 1 pairs over
-            the whole global batch.
+        shares, maps: see `BatchShape`.
     """
 
     def __init__(
@@ -112,6 +117,7 @@ class Pipeline:
         batch_size: int,
         device: torch.device,
         shares: int = 1,
+        maps: Maps = (),
     ) -> None:
         self.labels = labels
         self.dataset = dataset
@@ -123,6 +129,7 @@ class Pipeline:
         self.batch_size = batch_size
         self.device = device
         self.shares = shares
+        self.maps = maps
         self._order: tuple[int, np.ndarray] | None = None
 
     def pixels(self, plan: BatchPlan, positions: np.ndarray) -> Tensor:
@@ -143,20 +150,31 @@ class Pipeline:
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, epoch_order(self.seed, epoch, len(self.labels)))
         index = self._order[1][step * self.batch_size : (step + 1) * self.batch_size]
-        count = len(index)
-        shape = BatchShape(count, *self.shape, shares=self.shares)
 
         def draws(purpose: str) -> np.random.Generator:
             return stream(self.seed, purpose, epoch, step)
 
-        mirrored = draws("flip").random(count) < 0.5
+        shapes = [BatchShape(len(index), *self.shape, shares=self.shares, maps=self.maps)]
+        if self.aug.mix.wants_guests:
+            guests = draws("guests").integers(0, len(self.labels), len(index))
+            index = np.concatenate([index, guests])
+            shapes *= 2
+
+        def rows(
+            purpose: str, draw: Callable[[BatchShape, np.random.Generator], np.ndarray]
+        ) -> np.ndarray:
+            """Drawn for the batch and then for its guests, who thus shift none of its draws."""
+            rng = draws(purpose)
+            return np.concatenate([draw(shape, rng) for shape in shapes])
+
+        mirrored = rows("flip", lambda shape, rng: rng.random(shape.batch) < 0.5)
         return BatchPlan(
             index=index,
-            crop=draw_crops(self.dataset, count, draws("crop")),
+            crop=rows("crop", lambda shape, rng: draw_crops(self.dataset, shape.batch, rng)),
             mirrored=mirrored & self.dataset.flip,
-            color=draw_colors(self.dataset, count, draws("color")),
-            image={n: op.sample(shape, draws(f"image/{n}")) for n, op in self.aug.image.items()},
-            mix=self.aug.mix.sample(shape, progress, draws("mix")),
+            color=rows("color", lambda shape, rng: draw_colors(self.dataset, shape.batch, rng)),
+            image={n: rows(f"image/{n}", op.sample) for n, op in self.aug.image.items()},
+            mix=self.aug.mix.sample(shapes[0], progress, draws("mix")),
         )
 
     def images_at(self, plan: BatchPlan, positions: np.ndarray) -> Tensor:
@@ -177,7 +195,7 @@ class Pipeline:
 
         Each image is made once, however often it is a source.
         """
-        where = np.stack([positions, *plan.mix.partners[:, positions]])
+        where = np.stack([positions, *plan.mix.image_partners[:, positions]])
         if len(where) == 1:
             return [self.images_at(plan, positions)]
         needed, which = np.unique(where, return_inverse=True)
@@ -186,11 +204,13 @@ class Pipeline:
 
     def batch(self, plan: BatchPlan, positions: np.ndarray) -> Batch:
         """The mixed images and soft labels of some positions of the global batch."""
-        mix = plan.mix.at(positions)
+        sources = self.sources(plan, positions)
+        mix = self.aug.mix.finish(plan.mix.at(positions), sources)
         labels = [positions, *mix.partners]
         return Batch(
-            images=self.aug.mix.apply(mix, self.sources(plan, positions)),
+            images=self.aug.mix.apply(mix, sources),
             targets=mix_targets(mix, [self.targets_at(plan, p) for p in labels]),
+            mix=mix,
             global_size=len(plan),
         )
 
@@ -207,17 +227,10 @@ class ResidentPipeline(Pipeline):
     """
 
     def __init__(
-        self,
-        train: ImageSet,
-        dataset: Dataset,
-        aug: Regularizer,
-        *,
-        seed: int,
-        batch_size: int,
-        device: torch.device,
+        self, train: ImageSet, dataset: Dataset, aug: Regularizer, **settings: Any
     ) -> None:
-        held = train.to(device)
-        super().__init__(held.labels, dataset, aug, seed=seed, batch_size=batch_size, device=device)
+        held = train.to(settings["device"])
+        super().__init__(held.labels, dataset, aug, **settings)
         self.shape = (held.images.shape[2], held.images.shape[3])
         if dataset.crop == "random_resized":
             self.images = held.images
@@ -242,26 +255,17 @@ def make_pipeline(
     dataset: Dataset,
     aug: Regularizer,
     *,
-    seed: int,
-    batch_size: int,
-    device: torch.device,
     rank: int = 0,
     world_size: int = 1,
+    **settings: Any,
 ) -> Pipeline:
-    """The pipeline that fits the set: decoded images are resident, files stream."""
+    """The pipeline that fits the set: decoded images are resident, files stream.
+
+    Args:
+        settings: as in `Pipeline`.
+    """
     if isinstance(train, ImageSet):
-        return ResidentPipeline(
-            train, dataset, aug, seed=seed, batch_size=batch_size, device=device
-        )
+        return ResidentPipeline(train, dataset, aug, **settings)
     from cutmix_exp.data.streaming import StreamingPipeline
 
-    return StreamingPipeline(
-        train,
-        dataset,
-        aug,
-        seed=seed,
-        batch_size=batch_size,
-        device=device,
-        rank=rank,
-        world_size=world_size,
-    )
+    return StreamingPipeline(train, dataset, aug, rank=rank, world_size=world_size, **settings)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -161,28 +162,19 @@ class StreamingPipeline(Pipeline):
         dataset: Dataset,
         aug: Regularizer,
         *,
-        seed: int,
-        batch_size: int,
-        device: torch.device,
         rank: int,
         world_size: int,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            train.labels.to(device),
-            dataset,
-            aug,
-            seed=seed,
-            batch_size=batch_size,
-            device=device,
-            shares=world_size,
-        )
-        self.rank = rank
+        device = settings["device"]
+        super().__init__(train.labels.to(device), dataset, aug, **settings)
+        self.rank, self.world_size = rank, world_size
         self.decoder = Decoder(train, dataset, device)
 
     def needed(self, plan: BatchPlan) -> np.ndarray:
         """The positions whose images this rank needs, sorted: its share and the partners."""
-        mine = share_or_last(len(plan), self.rank, self.shares)
-        return np.unique(np.concatenate([mine, *plan.mix.partners[:, mine]]))
+        mine = share_or_last(len(plan), self.rank, self.world_size)
+        return np.unique(np.concatenate([mine, *plan.mix.image_partners[:, mine]]))
 
     def plans(self, epoch: int, first_step: int, epochs: int) -> Iterator[BatchPlan]:
         steps = self.steps_per_epoch - first_step

@@ -49,6 +49,7 @@ class StagedNetwork(nn.Module):
 
     Attributes:
         stages: the names of the stages, in order.
+        feature_points: the modules after which features can be mixed: the stem, then the stages.
     """
 
     def __init__(self, stem: nn.Module, stages: list[nn.Module], head: nn.Module) -> None:
@@ -58,6 +59,7 @@ class StagedNetwork(nn.Module):
         for name, stage in zip(self.stages, stages, strict=True):
             self.add_module(name, stage)
         self.head = head
+        self.feature_points = ("stem", *self.stages)
         initialise(self)
 
     def forward(self, images: Tensor) -> Tensor:

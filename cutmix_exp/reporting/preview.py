@@ -7,17 +7,20 @@ from io import BytesIO
 import numpy as np
 import torch
 
+from cutmix_exp.aug.feature import feature_maps
 from cutmix_exp.config import Config
 from cutmix_exp.data.pipeline import BatchPlan, Pipeline, make_pipeline
 from cutmix_exp.data.sources import Splits
+from cutmix_exp.training.trainer import make_model
 
 
 def first_mixed_plan(pipeline: Pipeline, tries: int = 50) -> BatchPlan:
-    """The first batch of the training that is mixed (the coin may leave batches alone)."""
+    """The first batch whose images are mixed: the coin may leave batches alone, and features may
+    meet inside the network instead."""
     steps = pipeline.steps_per_epoch
     for number in range(tries):
         plan = pipeline.plan(number // steps, number % steps)
-        if plan.mix.num_sources > 1:
+        if plan.mix.num_sources > 1 and not plan.mix.layer:
             return plan
     return pipeline.plan(0, 0)
 
@@ -35,11 +38,14 @@ def contact_sheet(config: Config, splits: Splits, rows: int = 8) -> bytes:
         seed=config.seed,
         batch_size=config.schedule.batch_size,
         device=device,
+        maps=feature_maps(make_model(config), config.dataset.image_size),
     )
     plan = first_mixed_plan(pipeline)
     positions = np.arange(min(rows, len(plan)))
     batch = pipeline.batch(plan, positions)
-    columns = [*pipeline.sources(plan, positions), batch.images]
+    sources = pipeline.sources(plan, positions)
+    mix = config.aug.mix.finish(plan.mix.at(positions), sources)
+    columns = [*sources, batch.images]
     partners = [f"partner {i + 1}" for i in range(len(columns) - 2)]
     titles = ["image", *(["partner"] if len(partners) == 1 else partners), "mixed"]
 
@@ -50,7 +56,7 @@ def contact_sheet(config: Config, splits: Splits, rows: int = 8) -> bytes:
             shown = pipeline.normalize.inverse(images[row]).permute(1, 2, 0).numpy()
             axis.imshow(shown, interpolation="nearest")
         label = label_text(batch.targets[row], splits.class_names)
-        own = float(plan.mix.weights[0, positions[row]])
+        own = float(mix.weights[0, row])
         axes[row][-1].text(0, 0.5, f"lambda {own:.3f}\n{label}", va="center", fontsize=10)
         for axis in axes[row]:
             axis.set_axis_off()

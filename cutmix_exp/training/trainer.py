@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cutmix_exp.aug.feature import feature_maps
 from cutmix_exp.config import Config
 from cutmix_exp.data.pipeline import BatchPlan, make_pipeline
 from cutmix_exp.data.sampling import share, share_or_last
@@ -75,16 +76,6 @@ class Trainer:
     def __init__(self, config: Config, splits: Splits, world: World, report: Reporter) -> None:
         self.config, self.world, self.report = config, world, report
         set_determinism(config.trainer.deterministic)
-        self.pipeline = make_pipeline(
-            splits.train,
-            config.dataset,
-            config.aug,
-            seed=config.seed,
-            batch_size=config.schedule.batch_size,
-            device=world.device,
-            rank=world.rank,
-            world_size=world.size,
-        )
         self.test = self.at_hand(splits.test)
         self.val = None if splits.val is None else self.at_hand(splits.val)
         # Drawn, since a set may be ordered by class; the same images in every run on the set.
@@ -93,9 +84,22 @@ class Trainer:
 
         self.model = make_model(config).to(memory_format=config.model.memory_format)
         self.model.to(world.device)
+        self.pipeline = make_pipeline(
+            splits.train,
+            config.dataset,
+            config.aug,
+            seed=config.seed,
+            batch_size=config.schedule.batch_size,
+            device=world.device,
+            shares=config.pairing_shares,
+            maps=feature_maps(self.model, config.dataset.image_size),
+            rank=world.rank,
+            world_size=world.size,
+        )
         self.groups = BatchGroups()
         if config.trainer.bn_group_size is not None:
             group_batchnorm(self.model, self.groups)
+        self.features = config.aug.mix.attach(self.model)
         compiled: Any = torch.compile(self.model) if config.trainer.compile else self.model
         self.network: nn.Module = world.wrap(compiled, sync_bn=config.trainer.sync_bn)
         self.optimizer = make_optimizer(config.schedule, self.model)
@@ -164,6 +168,7 @@ class Trainer:
             for number, (positions, weight) in enumerate(parts, start=1):
                 batch = self.pipeline.batch(plan, positions)
                 self.groups.set(len(plan), self.config.bn_groups, positions)
+                self.features.set(batch.mix, positions)
                 with self.no_sync(number < len(parts)):
                     with self.autocast():
                         logits = self.network(batch.images)

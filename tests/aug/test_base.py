@@ -151,6 +151,7 @@ def test_protocol_has_every_switch_of_the_mixer() -> None:
         "alpha": 1.0,
         "partner": "permutation",
         "granularity": "batch",
+        "prob_schedule": "constant",
         "label_smoothing": 0.0,
     }
     assert config("baseline").aug.protocol() == {"label_smoothing": 0.0}

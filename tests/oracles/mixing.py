@@ -109,6 +109,29 @@ def cutmix(
     return mixed, targets
 
 
+def variant_own_weight(height: int, width: int, box: Box, label: str) -> float:
+    """Give the weight of an image's own label in the variants of Table 8 (paper, section 4.1.3).
+
+    `area` is the share of its own pixels; `one_hot` is all or nothing, for the source with more
+    pixels (the image itself where both have the same number); `half` is half.
+    """
+    top, left, bottom, right = box
+    own_pixels = 0
+    other_pixels = 0
+    for y in range(height):
+        for x in range(width):
+            if top <= y < bottom and left <= x < right:
+                other_pixels += 1
+            else:
+                own_pixels += 1
+    if label == "area":
+        return own_pixels / (own_pixels + other_pixels)
+    if label == "one_hot":
+        return 1.0 if own_pixels >= other_pixels else 0.0
+    assert label == "half"
+    return 0.5
+
+
 def mixup(
     images: np.ndarray, labels_onehot: np.ndarray, partner: Sequence[int], lam: float
 ) -> tuple[np.ndarray, np.ndarray]:
