@@ -85,6 +85,7 @@ class ResidentPipeline:
         seed: int,
         batch_size: int,
         device: torch.device,
+        repeats: int = 1,
     ) -> None:
         held = train.to(device)
         pad = dataset.crop_padding
@@ -101,6 +102,7 @@ class ResidentPipeline:
         self.aug = aug
         self.seed = seed
         self.batch_size = batch_size
+        self.repeats = repeats
         self.device = device
         self._order: tuple[int, np.ndarray] | None = None
 
@@ -111,7 +113,11 @@ class ResidentPipeline:
     def plan(self, epoch: int, step: int, progress: float = 0.0) -> BatchPlan:
         """Draw what happens to one global batch; one stream per purpose (see seeding.py)."""
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self.seed, epoch, len(self.labels)))
+            count, batch_size = len(self.labels), self.batch_size
+            order = epoch_order(
+                self.seed, epoch, count, repeats=self.repeats, batch_size=batch_size
+            )
+            self._order = (epoch, order)
         index = self._order[1][step * self.batch_size : (step + 1) * self.batch_size]
         shape = BatchShape(len(index), *self.shape)
 

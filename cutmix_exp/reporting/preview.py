@@ -35,6 +35,7 @@ def contact_sheet(config: Config, splits: Splits, rows: int = 8) -> bytes:
         seed=config.seed,
         batch_size=config.schedule.batch_size,
         device=device,
+        repeats=config.schedule.repeated_augmentation,
     )
     plan = first_mixed_plan(pipeline)
     positions = np.arange(min(rows, len(plan)))
