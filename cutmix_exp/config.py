@@ -61,7 +61,7 @@ class Schedule:
         clip_norm: gradients are scaled down to this total norm; None leaves them alone.
         ema_decay: share that the exponential moving average of weights and BatchNorm statistics
             keeps at each of its updates; the average is what is evaluated. None: no average.
-        ema_every: the average is updated by the first and every so manieth optimizer step.
+        ema_every: optimizer steps from one update of the average to the next; the first step is one.
         loss: `bce` is the mean of K binary cross-entropies, with the mixed labels as targets.
         bce_target_threshold: targets above it become 1, the others 0; None leaves them.
         repeated_augmentation: how often an image comes in its batch, each time augmented anew; an
