@@ -37,14 +37,35 @@ DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The recipe: SGD and a step schedule.
+    """The recipe: optimizer, learning rate, loss and what goes with them. The fields below `gamma`
+    stand at the paper's recipe unless a YAML says otherwise.
 
     Attributes:
         full_epochs: the length of the published recipe.
         epochs: what is trained; None is the budget's share of `full_epochs`.
         batch_size: global: of all devices together.
-        lr, momentum, nesterov, weight_decay: of SGD; the decay acts on all parameters.
-        milestones: shares of the training after which `lr` is multiplied by `gamma`.
+        lr: the highest rate.
+        momentum: of SGD; the first beta of LAMB and AdamW (the second is 0.999).
+        nesterov: of SGD.
+        weight_decay: added to the gradient by SGD, to the update by LAMB, decoupled in AdamW.
+        milestones: of the policy `step`: shares of the training after which the rate is multiplied
+            by `gamma`.
+        optimizer: LAMB is timm's, but clips nothing by itself: set `clip_norm`, 1.0 as elsewhere.
+        policy: `step`, or `cosine` from `lr` down to `min_lr`.
+        updates: whether the rate changes once an epoch or at every optimizer step.
+        warmup_epochs, warmup_lr: length of a linear rise from `warmup_lr` to `lr`.
+        cosine_from: whether the cosine begins at the end of the warm-up (torch, torchvision), or at
+            the start of the training, its first part replaced by the warm-up (timm's default).
+        no_decay: parameters without weight decay: `norm` is those of normalisation layers
+            (torchvision), `norm_and_bias` all with fewer than two dimensions (timm).
+        clip_norm: gradients are scaled down to this total norm; None leaves them alone.
+        ema_decay: share that the exponential moving average of weights and BatchNorm statistics
+            keeps at each of its updates; the average is what is evaluated. None: no average.
+        ema_every: optimizer steps from one update of the average to the next; the first step is one.
+        loss: `bce` is the mean of K binary cross-entropies, with the mixed labels as targets.
+        bce_target_threshold: targets above it become 1, the others 0; None leaves them.
+        repeated_augmentation: how often an image comes in its batch, each time augmented anew; an
+            epoch has as many steps as ever, and so that much fewer images.
     """
 
     name: str = option(identity=False)
@@ -57,10 +78,75 @@ class Schedule:
     weight_decay: float = option(1e-4, ge=0)
     milestones: tuple[float, ...] = option((0.5, 0.75), ge=0, le=1)
     gamma: float = option(0.1, gt=0, le=1)
+    optimizer: Literal["sgd", "lamb", "adamw"] = option("sgd", neutral="sgd")
+    policy: Literal["step", "cosine"] = option("step", neutral="step")
+    updates: Literal["epoch", "step"] = option("epoch", neutral="epoch")
+    warmup_epochs: float = option(0.0, ge=0, neutral=0.0)
+    warmup_lr: float = option(0.0, ge=0, neutral=0.0)
+    min_lr: float = option(0.0, ge=0, neutral=0.0)
+    cosine_from: Literal["warmup_end", "start"] = option("warmup_end", neutral="warmup_end")
+    no_decay: Literal["none", "norm", "norm_and_bias"] = option("none", neutral="none")
+    clip_norm: float | None = option(None, gt=0, neutral=None)
+    ema_decay: float | None = option(None, ge=0, lt=1, neutral=None)
+    ema_every: int = option(1, ge=1, neutral=1)
+    loss: Literal["cross_entropy", "bce"] = option("cross_entropy", neutral="cross_entropy")
+    bce_target_threshold: float | None = option(None, ge=0, lt=1, neutral=None)
+    repeated_augmentation: int = option(1, ge=1, neutral=1)
 
     def __post_init__(self) -> None:
-        if self.nesterov and not self.momentum:
+        if self.optimizer == "sgd" and self.nesterov and not self.momentum:
             raise UserError("schedule.nesterov=true needs schedule.momentum above 0")
+        self._check_rates()
+        if self.ema_decay is None and self.ema_every != 1:
+            raise UserError(
+                f"schedule.ema_every={self.ema_every} is of an average that is not kept; "
+                "set schedule.ema_decay as well"
+            )
+        if self.loss != "bce" and self.bce_target_threshold is not None:
+            raise UserError(
+                f"schedule.bce_target_threshold={self.bce_target_threshold:g} needs schedule.loss=bce "
+                f"(it is {self.loss})"
+            )
+        if self.repeated_augmentation > self.batch_size:
+            raise UserError(
+                f"schedule.repeated_augmentation={self.repeated_augmentation} does not fit into "
+                f"schedule.batch_size={self.batch_size}"
+            )
+
+    def _check_rates(self) -> None:
+        if self.policy != "cosine" and (self.min_lr or self.cosine_from != "warmup_end"):
+            raise UserError(
+                "schedule.min_lr and schedule.cosine_from are of the cosine; set "
+                "schedule.policy=cosine, or leave them out"
+            )
+        for name, rate in (("min_lr", self.min_lr), ("warmup_lr", self.warmup_lr)):
+            if rate > self.lr:
+                raise UserError(f"schedule.{name}={rate:g} is above schedule.lr={self.lr:g}")
+        if self.warmup_lr and not self.warmup_epochs:
+            raise UserError(
+                f"schedule.warmup_lr={self.warmup_lr:g} needs schedule.warmup_epochs above 0"
+            )
+        if self.warmup_epochs and not self.warmup_lr and self.updates == "epoch":
+            raise UserError(
+                "a warm-up from rate 0 would train the first epoch for nothing; set "
+                "schedule.warmup_lr above 0, or schedule.updates=step"
+            )
+        if self.epochs is not None and self.warmup_epochs >= self.epochs:
+            raise UserError(
+                f"schedule.warmup_epochs={self.warmup_epochs:g} leaves nothing of the training, which "
+                f"has {self.epochs} epochs; use fewer (0 and schedule.warmup_lr=0 for none), or train "
+                "longer (budget, schedule.epochs)"
+            )
+
+    def resolve(self, epochs: int) -> Schedule:
+        """With the number of epochs, and without what is of another optimizer or policy: the same
+        training has one identity, and a record names nothing that was not used."""
+        used = replace(self, epochs=epochs)
+        if self.optimizer != "sgd":
+            used = replace(used, nesterov=False)
+        if self.policy != "step":
+            used = replace(used, milestones=(), gamma=1.0)
+        return used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,7 +402,7 @@ def resolve(config: Config, hardware: Hardware | None = None) -> Config:
         precision=_precision(config, device, hardware),
         model=config.model.resolve(dataset.image_size),
         aug=config.aug.resolve(dataset.image_size),
-        schedule=replace(schedule, epochs=epochs),
+        schedule=schedule.resolve(epochs),
     )
     _check_batch(resolved)
     return resolved

@@ -66,7 +66,9 @@ with world_of("cpu") as world:
         made = batch(plan, positions)
         return type(made)(made.images.double(), made.targets, made.global_size)
     trainer.pipeline.batch = doubled
+    from cutmix_exp.training.ema import make_average
     from cutmix_exp.training.optim import make_optimizer
+    trainer.average = make_average(config.schedule, trainer.model)
     trainer.network = world.wrap(trainer.model, sync_bn=False)
     trainer.optimizer = make_optimizer(config.schedule, trainer.model)
     losses = []
@@ -75,9 +77,11 @@ with world_of("cpu") as world:
         trainer.train_step(trainer.pipeline.plan(step // total, step % total))
         ranks = world.gather(trainer.sums.values.tolist())
         losses.append([sum(c) for c in zip(*ranks)])
-    world.average_([b for b in trainer.model.buffers() if b.is_floating_point()])
+    world.average_([b for b in trainer.buffers().values() if b.is_floating_point()])
+    averages = world.gather(trainer.average.network.state_dict())
     if world.is_main:
-        torch.save({"losses": losses, "model": trainer.model.state_dict()}, out)
+        state = {"losses": losses, "model": trainer.model.state_dict(), "averages": averages}
+        torch.save(state, out)
 """
 
 
@@ -90,8 +94,9 @@ def state_after(steps: int, processes: int, file: Path, words: list[str]) -> Any
 
 
 def test_one_two_and_three_ranks_take_the_same_steps(tmp_path: Path) -> None:
-    """Weights, running statistics and losses over 12 steps of CutMix in float64, the last batch of
-    an epoch included (17 images: two ranks have 8 and 9, and six groups 2 or 3 each)."""
+    """Weights, running statistics, their moving average (the same bits on each rank) and losses
+    over 12 steps of CutMix in float64, the last batch of an epoch included (17 images:
+    two ranks have 8 and 9, and six groups 2 or 3 each)."""
     words = [
         "dataset=synthetic",
         "dataset.num_classes=10",
@@ -102,6 +107,7 @@ def test_one_two_and_three_ranks_take_the_same_steps(tmp_path: Path) -> None:
         "aug.mix.prob=1.0",
         "schedule.batch_size=66",
         "trainer.bn_group_size=11",
+        "schedule.ema_decay=0.8",
     ]
     one = state_after(12, 1, tmp_path / "one.pt", words)
     for processes in (2, 3):
@@ -111,6 +117,10 @@ def test_one_two_and_three_ranks_take_the_same_steps(tmp_path: Path) -> None:
         )
         for name, tensor in one["model"].items():
             torch.testing.assert_close(many["model"][name], tensor, rtol=1e-6, atol=1e-8, msg=name)
+        for name, tensor in one["averages"][0].items():
+            mine = [average[name] for average in many["averages"]]
+            torch.testing.assert_close(mine[0], tensor, rtol=1e-6, atol=1e-8, msg=name)
+            assert all(torch.equal(other, mine[0]) for other in mine), name
 
 
 def test_a_failing_rank_is_told_without_a_traceback(tmp_path: Path) -> None:

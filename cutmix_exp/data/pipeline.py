@@ -118,6 +118,7 @@ class Pipeline:
         device: torch.device,
         shares: int = 1,
         maps: Maps = (),
+        repeats: int = 1,
     ) -> None:
         self.labels = labels
         self.dataset = dataset
@@ -127,6 +128,7 @@ class Pipeline:
         self.aug = aug
         self.seed = seed
         self.batch_size = batch_size
+        self.repeats = repeats
         self.device = device
         self.shares = shares
         self.maps = maps
@@ -148,7 +150,11 @@ class Pipeline:
     def plan(self, epoch: int, step: int, progress: float = 0.0) -> BatchPlan:
         """Draw what happens to one global batch; one stream per purpose (see seeding.py)."""
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self.seed, epoch, len(self.labels)))
+            count, batch_size = len(self.labels), self.batch_size
+            order = epoch_order(
+                self.seed, epoch, count, repeats=self.repeats, batch_size=batch_size
+            )
+            self._order = (epoch, order)
         index = self._order[1][step * self.batch_size : (step + 1) * self.batch_size]
 
         def draws(purpose: str) -> np.random.Generator:

@@ -39,6 +39,7 @@ def contact_sheet(config: Config, splits: Splits, rows: int = 8) -> bytes:
         batch_size=config.schedule.batch_size,
         device=device,
         maps=feature_maps(make_model(config), config.dataset.image_size),
+        repeats=config.schedule.repeated_augmentation,
     )
     plan = first_mixed_plan(pipeline)
     positions = np.arange(min(rows, len(plan)))

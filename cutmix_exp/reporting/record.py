@@ -74,7 +74,8 @@ def metrics_of(lines: list[Line]) -> dict[str, float]:
     """The final metrics from the lines of metrics.jsonl.
 
     `last` is of the last epoch, `best` of the epoch that is best on the test set (top-5 of that
-    same epoch), `val_selected` of the epoch that is best on the validation split.
+    same epoch), `val_selected` of the epoch that is best on the validation split. All are of the
+    moving average where the recipe has one; `raw` is then of the trained network.
     """
     by_split = {s: [n for n in lines if n["split"] == s] for s in ("train", "val", "test")}
     tests = {line["epoch"]: line for line in by_split["test"]}
@@ -85,7 +86,9 @@ def metrics_of(lines: list[Line]) -> dict[str, float]:
     for name in ("top1_error", "top5_error"):
         for rule, epoch in chosen.items():
             out[f"test/{name}_{rule}"] = tests[epoch][name]
-    out["test/loss_last"] = tests[chosen["last"]]["loss"]
+    for name in ("loss", "raw_top1_error", "raw_top5_error"):
+        if name in tests[chosen["last"]]:
+            out[f"test/{name}_last"] = tests[chosen["last"]][name]
     out["test/best_epoch"] = chosen["best"]
     last_train = by_split["train"][-1]
     for name in ("loss", "top1_error", "clean_loss", "clean_top1_error"):
@@ -98,7 +101,7 @@ def history_of(lines: list[Line]) -> dict[str, list[float]]:
     """Curves by epoch, for figures: a committed record has no metrics.jsonl beside it."""
     out: dict[str, list[float]] = {}
     for line in lines:
-        for name in ("loss", "top1_error", "top5_error", "clean_top1_error"):
+        for name in ("loss", "top1_error", "top5_error", "clean_top1_error", "raw_top1_error"):
             if name in line:
                 out.setdefault(f"{line['split']}/{name}", []).append(round(line[name], 6))
     return out

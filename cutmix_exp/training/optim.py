@@ -2,28 +2,75 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from cutmix_exp.config import Schedule
 
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
+
 
 def make_optimizer(schedule: Schedule, network: nn.Module) -> torch.optim.Optimizer:
-    """SGD with weight decay on all parameters, BatchNorm and biases included (authors' train.py)."""
+    """The recipe's optimizer; SGD with weight decay on all parameters, BatchNorm and biases
+    included, is the authors' (train.py)."""
+    groups, lr, decay = parameter_groups(schedule, network), schedule.lr, schedule.weight_decay
+    betas = (schedule.momentum, 0.999)
+    if schedule.optimizer == "lamb":
+        from timm.optim import Lamb  # here: timm takes seconds to import
+
+        return Lamb(groups, lr=lr, betas=betas, weight_decay=decay, max_grad_norm=None)
+    if schedule.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=decay)
     return torch.optim.SGD(
-        network.parameters(),
-        lr=schedule.lr,
+        groups,
+        lr=lr,
         momentum=schedule.momentum,
         nesterov=schedule.nesterov,
-        weight_decay=schedule.weight_decay,
+        weight_decay=decay,
     )
 
 
-def learning_rate(schedule: Schedule, epoch: int) -> float:
-    """The rate of one epoch (counted from 0): `lr` times `gamma` for each milestone reached.
+def parameter_groups(schedule: Schedule, network: nn.Module) -> list[dict[str, Any]]:
+    """All parameters, or those with and those without weight decay (see `Schedule.no_decay`)."""
+    parameters = list(network.parameters())
+    if schedule.no_decay == "none":
+        return [{"params": parameters}]
+    if schedule.no_decay == "norm":
+        norms = [m for m in network.modules() if isinstance(m, NORMS)]
+        spared = {id(p) for norm in norms for p in norm.parameters(recurse=False)}
+    else:
+        spared = {id(p) for p in parameters if p.ndim < 2}
+    return [
+        {"params": [p for p in parameters if id(p) not in spared]},
+        {"params": [p for p in parameters if id(p) in spared], "weight_decay": 0.0},
+    ]
 
-    It is a function of the epoch alone, so that there is no scheduler state to lose.
+
+def learning_rate(schedule: Schedule, epoch: float) -> float:
+    """The rate at a time in epochs (1.5 is the middle of the second one).
+
+    It is a function of the time alone, so that there is no scheduler state to lose.
     """
     assert schedule.epochs is not None, "resolve() comes first"
+    lr, warmup = schedule.lr, schedule.warmup_epochs
+    if epoch < warmup:
+        return schedule.warmup_lr + (lr - schedule.warmup_lr) * epoch / warmup
+    if schedule.policy == "cosine":
+        first = warmup if schedule.cosine_from == "warmup_end" else 0.0
+        done = (epoch - first) / (schedule.epochs - first)
+        return schedule.min_lr + (lr - schedule.min_lr) * (1 + math.cos(math.pi * done)) / 2
     reached = sum(epoch >= share * schedule.epochs for share in schedule.milestones)
-    return schedule.lr * schedule.gamma**reached
+    return lr * schedule.gamma**reached
+
+
+def set_rate(
+    optimizer: torch.optim.Optimizer, schedule: Schedule, epoch: int, step: int, total: int
+) -> None:
+    """Set the rate of a step (counted from 0, of `total` in the epoch)."""
+    within = step / total if schedule.updates == "step" else 0.0
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(schedule, epoch + within)

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cutmix_exp.aug.feature import feature_maps
@@ -26,8 +25,10 @@ from cutmix_exp.evaluation.classification import EvaluationSet, Predictions, pre
 from cutmix_exp.models.batchnorm import BatchGroups, group_batchnorm, micro_batches
 from cutmix_exp.seeding import stream, torch_seed
 from cutmix_exp.training.checkpoint import load_checkpoint, save_checkpoint
+from cutmix_exp.training.ema import make_average
 from cutmix_exp.training.logging import Line, Reporter
-from cutmix_exp.training.optim import learning_rate, make_optimizer
+from cutmix_exp.training.loss import soft_losses
+from cutmix_exp.training.optim import make_optimizer, set_rate
 
 PROBE = 2000
 """Training images, without augmentation, on which the train error is measured after each epoch."""
@@ -95,11 +96,13 @@ class Trainer:
             maps=feature_maps(self.model, config.dataset.image_size),
             rank=world.rank,
             world_size=world.size,
+            repeats=config.schedule.repeated_augmentation,
         )
         self.groups = BatchGroups()
         if config.trainer.bn_group_size is not None:
             group_batchnorm(self.model, self.groups)
         self.features = config.aug.mix.attach(self.model)
+        self.average = make_average(config.schedule, self.model)
         compiled: Any = torch.compile(self.model) if config.trainer.compile else self.model
         self.network: nn.Module = world.wrap(compiled, sync_bn=config.trainer.sync_bn)
         self.optimizer = make_optimizer(config.schedule, self.model)
@@ -120,7 +123,8 @@ class Trainer:
         return self.epoch >= self.config.epochs or self.step >= limit
 
     def fit(self, log: Log) -> Predictions:
-        """Train to the end; returns the predictions of the last network on the test set.
+        """Train to the end; returns the predictions of the last network on the test set (of its
+        moving average, where the recipe has one).
 
         Raises:
             TrainingFailed: the loss is not finite.
@@ -138,9 +142,6 @@ class Trainer:
         return predictions or self.predict(self.test)
 
     def train_epoch(self) -> None:
-        rate = learning_rate(self.config.schedule, self.epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         total = self.pipeline.steps_per_epoch
         progress = f"epoch {self.epoch + 1}/{self.config.epochs}"
         self.epoch_clock, self.epoch_images, self.epoch_waited = time.monotonic(), 0, 0.0
@@ -149,6 +150,7 @@ class Trainer:
             waiting = time.monotonic()
             plan = next(plans)
             self.epoch_waited += time.monotonic() - waiting
+            set_rate(self.optimizer, self.config.schedule, self.epoch, epoch_step, total)
             self.train_step(plan)
             self.epoch_images += len(plan)
             self.epoch_step, self.step = epoch_step + 1, self.step + 1
@@ -158,7 +160,7 @@ class Trainer:
             self.save_if_due()
 
     def train_step(self, plan: BatchPlan) -> None:
-        """One update: forward, loss, backward of each micro-batch, then the optimizer.
+        """One update: forward, loss, backward of each micro-batch, then the optimizer and the average.
 
         The loss is the mean over the global batch, whatever the ranks' shares: DDP averages over
         the ranks, hence the factor.
@@ -182,15 +184,23 @@ class Trainer:
         if self.world.device.type == "cpu":  # reading a loss on a GPU would make it wait
             # The gradient is the ranks' mean: a loss that is not finite shows on all of them.
             self.require_finite("training loss", [float(self.sums.values[0]), self.any_gradient()])
+        self.clip()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.average.update(self.epoch, self.step)
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy [n] of logits [n, K] with soft targets [n, K], in fp32 or better."""
-        smoothing = self.config.aug.label_smoothing
-        targets = targets.to(logits.dtype)
-        return F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+        """The recipe's loss [n] of logits [n, K] with soft targets [n, K], in fp32 or better."""
+        config, targets = self.config, targets.to(logits.dtype)
+        return soft_losses(config.schedule, logits, targets, config.aug.label_smoothing)
+
+    def clip(self) -> None:
+        """Scale the gradients, which are the ranks' mean by now, down to the recipe's norm."""
+        norm = self.config.schedule.clip_norm
+        if norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), norm)
 
     def parts(self, batch: int) -> list[tuple[np.ndarray, float]]:
         """This rank's micro-batches as (positions in the global batch, weight 1).
@@ -259,8 +269,17 @@ class Trainer:
 
         return StreamedSet(data, self.config.dataset, self.world.device)
 
-    def predict(self, data: EvaluationSet) -> Predictions:
-        return predict(self.model, data, self.pipeline.normalize, self.world, self.config.dtype)
+    def predict(self, data: EvaluationSet, network: nn.Module | None = None) -> Predictions:
+        """Of the network that counts: the moving average, where the recipe has one."""
+        network = self.average.network if network is None else network
+        return predict(network, data, self.pipeline.normalize, self.world, self.config.dtype)
+
+    def raw_metrics(self, data: EvaluationSet) -> dict[str, float]:
+        """`raw_top1_error`, ...: of the trained network, where it is not the one that counts."""
+        if self.average.network is self.model:
+            return {}
+        metrics = self.predict(data, self.model).metrics()
+        return {f"raw_{name}": value for name, value in metrics.items()}
 
     def finish_epoch(self, log: Log) -> Predictions:
         """Evaluate and log; counts the epoch as finished if it is."""
@@ -269,7 +288,7 @@ class Trainer:
         loss, top1, top5, count = (sum(column) for column in zip(*ranks, strict=True))
         self.require_finite("training loss", [loss])
         self.sums.values.zero_()
-        self.world.average_([b for b in self.model.buffers() if b.is_floating_point()])
+        self.world.average_([b for b in self.buffers().values() if b.is_floating_point()])
         train = {
             "loss": loss / count,
             "top1_error": 100.0 * top1 / count,
@@ -283,12 +302,13 @@ class Trainer:
             train |= {f"clean_{name}": value for name, value in probe.items()}
         new = [self.line("train", train)]
         if self.val is not None:
-            new.append(self.line("val", self.predict(self.val).metrics()))
+            values = self.predict(self.val).metrics() | self.raw_metrics(self.val)
+            new.append(self.line("val", values))
         predictions = self.predict(self.test)
-        new.append(self.line("test", predictions.metrics()))
+        new.append(self.line("test", predictions.metrics() | self.raw_metrics(self.test)))
         self.require_finite(
             "loss in evaluation mode",
-            [line[name] for line in new for name in ("loss", "clean_loss") if name in line],
+            [line[n] for line in new for n in ("loss", "clean_loss", "raw_loss") if n in line],
         )
         for line in new:
             log.write(line)
@@ -318,6 +338,10 @@ class Trainer:
 
     # ------------------------------------------------------------------------- checkpoints
 
+    def buffers(self) -> dict[str, Tensor]:
+        """Of the network and its average: each rank's own until the epoch's end."""
+        return dict(self.model.named_buffers()) | self.average.buffers()
+
     def save_if_due(self) -> None:
         due = time.monotonic() - self.saved_at > 60 * self.config.checkpoint.every_minutes
         if self.world.size > 1 and self.step % 20:
@@ -334,7 +358,7 @@ class Trainer:
         now = time.monotonic()
         self.seconds += now - self.clock
         self.clock = self.saved_at = now
-        buffers = {name: b.cpu() for name, b in self.model.named_buffers()}
+        buffers = {name: b.cpu() for name, b in self.buffers().items()}
         mine: dict[str, Any] = {"buffers": buffers, "sums": self.sums.values.tolist()}
         ranks = self.world.gather(mine)
         self.require_finite("training loss", [part["sums"][0] for part in ranks])
@@ -342,6 +366,7 @@ class Trainer:
             state = {
                 "run_id": self.config.run_id,
                 "model": self.model.state_dict(),
+                "average": self.average.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "ranks": ranks,
@@ -356,7 +381,7 @@ class Trainer:
 
     def save_best(self) -> None:
         if self.world.is_main:
-            best = {"run_id": self.config.run_id, "model": self.model.state_dict()}
+            best = {"run_id": self.config.run_id, "model": self.average.network.state_dict()}
             save_checkpoint(self.checkpoints / "best.pt", best | {"step": self.step})
 
     def resume(self) -> bool:
@@ -370,6 +395,7 @@ class Trainer:
                 f"{file} belongs to the run {state['run_id']}, not {self.config.run_id}"
             )
         self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state.get("average", {}))
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         ranks = state["ranks"]
@@ -383,7 +409,7 @@ class Trainer:
             }
             total = [sum(column) for column in zip(*(r["sums"] for r in ranks), strict=True)]
             sums = total if self.world.is_main else [0.0] * len(total)
-        for name, buffer in self.model.named_buffers():
+        for name, buffer in self.buffers().items():
             buffer.copy_(buffers[name])
         self.sums.load(sums)
         for name in ("epoch", "epoch_step", "step", "lines", "seconds"):

@@ -20,6 +20,7 @@ from cutmix_exp.data.sources import Splits
 from cutmix_exp.distributed import World
 from cutmix_exp.training import trainer as module
 from cutmix_exp.training.checkpoint import load_checkpoint, save_checkpoint
+from cutmix_exp.training.ema import make_average
 from cutmix_exp.training.logging import NoLog, Reporter
 from cutmix_exp.training.optim import learning_rate, make_optimizer
 from cutmix_exp.training.trainer import Trainer, best_epoch, make_model
@@ -27,6 +28,13 @@ from tests.helpers import TINY, config_of
 from tests.oracles import mixing, networks
 
 FP32 = [*TINY, "precision=fp32"]
+SMALL = [
+    "dataset=synthetic",
+    "dataset.num_classes=10",
+    "dataset.train_size=190",  # three steps an epoch
+    "dataset.test_size=50",
+    *FP32[1:],
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +53,7 @@ def in_double(t: Trainer) -> Trainer:
     not about how ReLUs amplify the rounding of fp32."""
     t.model.double()
     t.optimizer = make_optimizer(t.config.schedule, t.model)
+    t.average = make_average(t.config.schedule, t.model)
     batch = t.pipeline.batch
 
     def doubled(plan: Any, positions: np.ndarray) -> Any:
@@ -185,16 +194,17 @@ def module_unmixed(batch: int) -> Any:
 
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_accumulation_gives_the_update_of_one_large_batch(accumulate: int, splits: Splits) -> None:
-    words = [*FP32, "aug=mixup", "trainer.bn_group_size=16"]
+    words = [*FP32, "aug=mixup", "trainer.bn_group_size=16", "schedule.ema_decay=0.5"]
     one = in_double(trainer_of(config_of(*words), splits))
     many = in_double(trainer_of(config_of(*words, f"trainer.accumulate={accumulate}"), splits))
     for t in (one, many):
         for step in (0, 1, 22):  # 22 is the last, partial one: 29 images
             t.train_step(t.pipeline.plan(0, step))
-    for mine, theirs in zip(
-        many.model.state_dict().items(), one.model.state_dict().items(), strict=True
-    ):
-        torch.testing.assert_close(mine[1], theirs[1], rtol=1e-9, atol=1e-10, msg=mine[0])
+    for those, these in ((many.model, one.model), (many.average.network, one.average.network)):
+        for mine, theirs in zip(
+            those.state_dict().items(), these.state_dict().items(), strict=True
+        ):
+            torch.testing.assert_close(mine[1], theirs[1], rtol=1e-9, atol=1e-10, msg=mine[0])
 
 
 def test_methods_of_one_seed_share_weights_order_and_crops(splits: Splits) -> None:
@@ -310,3 +320,168 @@ def test_fit_without_log_returns_predictions_of_the_whole_test_set(
     config = config_of(*FP32, "trainer.max_steps=1", f"runs_dir={tmp_path}")
     predictions = trainer_of(config, splits).fit(NoLog())
     assert np.array_equal(predictions.label, splits.test.labels.numpy())
+
+
+def states(t: Trainer, epochs: list[int]) -> list[dict[str, torch.Tensor]]:
+    """The trained network after each of some steps, which are in these epochs."""
+    out = []
+    for number, t.epoch in enumerate(epochs):
+        t.train_step(t.pipeline.plan(0, number))
+        t.step += 1
+        out.append({n: v.clone() for n, v in t.model.state_dict().items()})
+    return out
+
+
+def test_the_moving_average_by_hand(splits: Splits) -> None:
+    """Of weights and running statistics, after steps 1, 3 and 5 of five; the first one copies."""
+    words = [*FP32, "schedule.ema_decay=0.75", "schedule.ema_every=2"]
+    t = trainer_of(config_of(*words), splits)
+    first, _, third, _, fifth = states(t, [0] * 5)
+    for name, value in t.average.network.state_dict().items():
+        if value.is_floating_point():
+            by_hand = 0.75 * (0.75 * first[name] + 0.25 * third[name]) + 0.25 * fifth[name]
+            torch.testing.assert_close(value, by_hand, rtol=1e-5, atol=1e-7, msg=name)
+            assert not torch.equal(value, fifth[name]) or "shortcut" in name, name
+    assert not any(p.requires_grad for p in t.average.network.parameters())
+
+
+def test_the_moving_average_is_a_copy_until_the_warm_up_ends(splits: Splits) -> None:
+    """As in torchvision's training: the first update after the warm-up copies once more."""
+    warm = ["schedule.warmup_epochs=1", "schedule.warmup_lr=0.01"]
+    t = trainer_of(config_of(*FP32, *warm, "schedule.ema_decay=0.75"), splits)
+    _, _, third, fourth = states(t, [0, 0, 1, 1])
+    for name, value in t.average.network.named_parameters():
+        torch.testing.assert_close(value, 0.75 * third[name] + 0.25 * fourth[name])
+    t = trainer_of(config_of(*FP32, *warm, "schedule.ema_decay=0.75"), splits)
+    last = states(t, [0, 0])[-1]
+    for name, value in t.average.network.state_dict().items():
+        assert torch.equal(value, last[name]), name
+
+
+def test_the_average_is_what_is_evaluated_and_the_raw_network_is_told_beside(
+    tmp_path: Path,
+) -> None:
+    words = [*SMALL, "schedule.ema_decay=0.9", "dataset.val_size=40", f"runs_dir={tmp_path}"]
+    config = config_of(*words, "trainer.max_steps=2")  # ends within the epoch
+    t = trainer_of(config, config.dataset.load())
+    predictions = t.fit(NoLog())
+    average, raw = t.predict(t.test, t.average.network), t.predict(t.test, t.model)
+    assert not np.array_equal(average.loss, raw.loss)
+    assert np.array_equal(predictions.loss, average.loss)
+    _, val, test = t.lines
+    for name in ("loss", "top1_error", "top5_error"):
+        assert test[name] == average.metrics()[name]
+        assert test[f"raw_{name}"] == raw.metrics()[name]
+        assert val[f"raw_{name}"] == t.predict(t.val, t.model).metrics()[name]
+    best = load_checkpoint(t.checkpoints / "best.pt")["model"]
+    for name, value in t.average.network.state_dict().items():
+        assert torch.equal(best[name], value)
+
+
+def test_without_average_the_network_itself_is_evaluated(splits: Splits, tmp_path: Path) -> None:
+    t = trainer_of(config_of(*FP32, "trainer.max_steps=1", f"runs_dir={tmp_path}"), splits)
+    assert t.average.network is t.model
+    t.fit(NoLog())
+    assert not [name for line in t.lines for name in line if "raw" in name]
+    assert load_checkpoint(t.checkpoints / "last.pt")["average"] == {}
+
+
+class Stopped(Exception):
+    pass
+
+
+RICH = [
+    *SMALL,
+    "schedule.epochs=2",
+    "schedule.lr=0.01",
+    "schedule.optimizer=lamb",
+    "schedule.no_decay=norm_and_bias",
+    "schedule.clip_norm=1.0",
+    "schedule.policy=cosine",
+    "schedule.updates=step",
+    "schedule.warmup_epochs=0.5",
+    "schedule.ema_decay=0.8",
+    "schedule.ema_every=2",
+    "schedule.loss=bce",
+    "schedule.repeated_augmentation=2",
+    "aug=mixup",
+]
+
+
+@pytest.mark.parametrize("stop", [1, 5])  # within the warm-up and after it, both in mid-epoch
+def test_a_rich_recipe_is_resumed_bit_for_bit_in_mid_epoch(stop: int, tmp_path: Path) -> None:
+    ends = []
+    for name, moment in (("unbroken", None), ("broken", stop)):
+        config = config_of(*RICH, f"runs_dir={tmp_path / name}")
+        data = config.dataset.load()
+        if moment:
+            t = trainer_of(config, data)
+
+            def die(t: Trainer = t) -> None:
+                if t.step == stop:
+                    t.save()
+                    raise Stopped
+
+            t.after_step = die
+            with pytest.raises(Stopped):
+                t.fit(NoLog())
+        t = trainer_of(config, data)
+        assert t.resume() == bool(moment)
+        t.fit(NoLog())
+        ends.append(load_checkpoint(t.checkpoints / "last.pt"))
+    one, two = ends
+    for part in ("model", "average"):
+        assert one[part].keys() == two[part].keys()
+        for key, tensor in one[part].items():
+            assert torch.equal(tensor, two[part][key]), key
+    for index, state in one["optimizer"]["state"].items():
+        assert torch.equal(state["exp_avg_sq"], two["optimizer"]["state"][index]["exp_avg_sq"])
+    clock = ("time", "images_per_second")
+    told = [[{k: v for k, v in n.items() if k not in clock} for n in e["lines"]] for e in ends]
+    assert told[0] == told[1]
+
+
+def total_norm(grads: list[torch.Tensor]) -> float:
+    return math.sqrt(sum(float((g.double() ** 2).sum()) for g in grads))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gradients_are_clipped_by_their_total_norm(scaled: bool, splits: Splits) -> None:
+    """Under a gradient scaler (fp16) too: it is the true gradient that is clipped."""
+    free = trainer_of(config_of(*FP32), splits)
+    plan = free.pipeline.plan(0, 0)
+    whole = gradients(free, plan)
+    for limit in (0.25, 1e6):
+        t = trainer_of(config_of(*FP32, f"schedule.clip_norm={limit}"), splits)
+        if scaled:
+            t.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        clipped = gradients(t, plan)
+        factor = min(1.0, limit / total_norm(whole))
+        for mine, theirs in zip(clipped, whole, strict=True):
+            torch.testing.assert_close(mine, factor * theirs, rtol=1e-4, atol=1e-7)
+    assert total_norm(whole) > 0.5
+
+
+def test_the_train_error_means_the_same_under_bce(splits: Splits) -> None:
+    sums = []
+    for loss in ("cross_entropy", "bce"):
+        t = trainer_of(config_of(*FP32, "aug=mixup", f"schedule.loss={loss}"), splits)
+        t.train_step(t.pipeline.plan(0, 0))
+        sums.append(t.sums.values.tolist())
+    assert sums[0][1:] == sums[1][1:]
+    assert sums[0][0] != sums[1][0]
+
+
+def test_repeats_of_an_image_are_augmented_anew() -> None:
+    words = [*SMALL, "schedule.repeated_augmentation=4"]
+    config = config_of(*words)
+    t = trainer_of(config, config.dataset.load())
+    plan = t.pipeline.plan(0, 0)
+    images = t.pipeline.batch(plan, np.arange(64)).images
+    kinds = [len({images[i].numpy().tobytes() for i in np.flatnonzero(plan.index == index)})
+             for index in np.unique(plan.index)]  # fmt: skip
+    assert len(kinds) == 16 and np.mean(kinds) > 3.5  # of 81 crops and two flips
+    assert (
+        t.pipeline.steps_per_epoch
+        == trainer_of(config_of(*words[:-1]), config.dataset.load()).pipeline.steps_per_epoch
+    )
