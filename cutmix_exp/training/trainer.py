@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cutmix_exp.aug.base import Progress
 from cutmix_exp.config import Config
 from cutmix_exp.data.pipeline import BatchPlan, ResidentPipeline
 from cutmix_exp.data.sampling import share
@@ -94,6 +95,7 @@ class Trainer:
         self.groups = BatchGroups()
         if config.trainer.bn_group_size is not None:
             group_batchnorm(self.model, self.groups)
+        self.clocks = [m for m in self.model.modules() if isinstance(m, Progress)]
         compiled: Any = torch.compile(self.model) if config.trainer.compile else self.model
         self.network: nn.Module = world.wrap(compiled, sync_bn=config.trainer.sync_bn)
         self.optimizer = make_optimizer(config.schedule, self.model)
@@ -141,6 +143,7 @@ class Trainer:
         for epoch_step in self.report.steps(progress, self.epoch_step, total):
             done = (self.epoch + epoch_step / total) / self.config.epochs
             plan = self.pipeline.plan(self.epoch, epoch_step, done)
+            self.key_noise(epoch_step, done)
             self.train_step(plan)
             self.epoch_images += len(plan)
             self.epoch_step, self.step = epoch_step + 1, self.step + 1
@@ -148,6 +151,16 @@ class Trainer:
             if self.finished:
                 break
             self.save_if_due()
+
+    def key_noise(self, epoch_step: int, done: float) -> None:
+        """Seed what the network draws by itself in this step, on this rank: a resumed run draws
+        what the unbroken one would have. And tell its layers the share of the training done."""
+        seed = torch_seed(self.config.seed, "network", self.epoch, epoch_step, self.world.rank)
+        torch.default_generator.manual_seed(seed)
+        if self.world.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        for clock in self.clocks:
+            clock.done.fill_(done)
 
     def train_step(self, plan: BatchPlan) -> None:
         """One update: forward, loss, backward of each micro-batch, then the optimizer.
