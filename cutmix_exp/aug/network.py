@@ -228,11 +228,12 @@ class DropBlock(NetworkOp):
         assert self.block is not None, "resolve() comes first"
         residual_blocks(model, "DropBlock")
         names: tuple[str, ...] = getattr(model, "stages", ())
-        numbers = self.stages or tuple(range(1, len(names) + 1))[-2:]
-        if max(numbers, default=0) > len(names):
+        known = tuple(range(1, len(names) + 1))
+        numbers = known[-2:] if self.stages is None else self.stages
+        if not numbers or not set(numbers) <= set(known):
             raise UserError(
-                f"aug.network.dropblock.stages={list(numbers)}: {type(model).__name__} has "
-                f"the stages {list(range(1, len(names) + 1))}"
+                f"aug.network.dropblock.stages={list(numbers)}: the network has the stages "
+                f"{list(known)}; choose one or more of them"
             )
         progress = Progress() if self.scheduled else None
         for number in numbers:
@@ -261,7 +262,7 @@ class DropBlockLayer(nn.Module):
 
     Args:
         rate: share of the units to drop. Where squares overlap, somewhat less is dropped, as the
-            formula of the authors has it: 0.092 to 0.1 for a rate of 0.1.
+            formula of the authors has it: 0.093 to 0.1 for a rate of 0.1.
         block: side of the squares, cut to the map's.
         progress: where given, the rate grows linearly with it.
     """

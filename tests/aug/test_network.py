@@ -465,8 +465,9 @@ def test_its_places_can_be_chosen() -> None:
     network = op.attach(built("pyramidnet"))
     assert [m.rate for m in layers_of(network, DropBlockLayer)] == pytest.approx([0.1] * 4)
     assert layers_of(network, Progress) == []
-    with pytest.raises(UserError, match=r"stages=\[4\].*\[1, 2, 3\]"):
-        DropBlock(stages=(4,), block=2).attach(built("resnet"))
+    for stages in ((4,), (3, 4), ()):
+        with pytest.raises(UserError, match=r"stages=.*\[1, 2, 3\]"):
+            DropBlock(stages=stages, block=2).attach(built("resnet"))
 
 
 def test_explicit_values_win() -> None:
