@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cutmix_exp.data.sampling import share
 from cutmix_exp.errors import UserError
@@ -217,10 +217,39 @@ class ImageOp(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkOp(Part):
-    """Slot `network`. Changes a freshly built network."""
+    """Slot `network`. Changes a freshly built network.
 
-    def attach(self, model: torch.nn.Module) -> torch.nn.Module:
+    What its layers draw comes from torch's default generators, which the trainer seeds at each
+    step; what depends on the time comes from a `Progress`. Gates and rates are tensors, never
+    Python's bools, so that a compiled network stays compiled.
+    """
+
+    def resolve(self, image_size: int) -> NetworkOp:
+        """Fill in defaults that depend on the image's side in pixels; explicit values win."""
+        return self
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """The network with this regularizer in it. Its parameters keep their names and values, so
+        that runs with and without it share initial weights.
+
+        Raises:
+            UserError: the network has no place for it.
+        """
         raise NotImplementedError
+
+
+class Progress(nn.Module):
+    """The share of the training that is done, for layers whose strength depends on it.
+
+    Layers share one; the trainer fills it before each step. It is a tensor, so that a compiled
+    network sees its value, and no part of the network's state.
+    """
+
+    done: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("done", torch.zeros(()), persistent=False)
 
 
 def _switches(part: Part) -> dict[str, Any]:
@@ -282,7 +311,8 @@ class Regularizer:
     def resolve(self, image_size: int) -> Regularizer:
         """The one place where defaults that depend on the image are filled in."""
         image = {name: op.resolve(image_size) for name, op in self.image.items()}
-        return replace(self, image=image, mix=self.mix.resolve(image_size))
+        network = {name: op.resolve(image_size) for name, op in self.network.items()}
+        return replace(self, image=image, mix=self.mix.resolve(image_size), network=network)
 
     def protocol(self) -> dict[str, Any]:
         """Every switch that can move a number: the mixer's by name, those of the other atoms below

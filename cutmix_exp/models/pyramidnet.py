@@ -52,12 +52,11 @@ class PyramidUnit(nn.Module):
                 conv(planes, planes, 3),
             ]
         self.branch = nn.Sequential(*layers, nn.BatchNorm2d(outputs))
-        self.pool = nn.AvgPool2d(2, ceil_mode=True) if stride == 2 else nn.Identity()
+        self.shortcut = nn.AvgPool2d(2, ceil_mode=True) if stride == 2 else nn.Identity()
         self.missing = outputs - inputs
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = self.pool(x)
-        return self.branch(x) + F.pad(shortcut, (0, 0, 0, 0, 0, self.missing))
+        return self.branch(x) + F.pad(self.shortcut(x), (0, 0, 0, 0, 0, self.missing))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,13 +30,13 @@ class WideBlock(nn.Module):
             nn.ReLU(),
             conv(outputs, outputs, 3),
         )
-        same = stride == 1 and inputs == outputs
-        self.projection = None if same else conv(inputs, outputs, 1, stride)
+        self.same = stride == 1 and inputs == outputs
+        projection = () if self.same else (conv(inputs, outputs, 1, stride),)
+        self.shortcut = nn.Sequential(*projection)
 
     def forward(self, x: Tensor) -> Tensor:
         active = self.activate(x)
-        shortcut = x if self.projection is None else self.projection(active)
-        return self.branch(active) + shortcut
+        return self.branch(active) + self.shortcut(x if self.same else active)
 
 
 @dataclass(frozen=True, kw_only=True)

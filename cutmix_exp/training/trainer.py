@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cutmix_exp.aug.base import Progress
 from cutmix_exp.aug.feature import feature_maps
 from cutmix_exp.config import Config
 from cutmix_exp.data.pipeline import BatchPlan, make_pipeline
@@ -103,6 +104,7 @@ class Trainer:
             group_batchnorm(self.model, self.groups)
         self.features = config.aug.mix.attach(self.model)
         self.average = make_average(config.schedule, self.model)
+        self.clocks = [m for m in self.model.modules() if isinstance(m, Progress)]
         compiled: Any = torch.compile(self.model) if config.trainer.compile else self.model
         self.network: nn.Module = world.wrap(compiled, sync_bn=config.trainer.sync_bn)
         self.optimizer = make_optimizer(config.schedule, self.model)
@@ -151,6 +153,7 @@ class Trainer:
             plan = next(plans)
             self.epoch_waited += time.monotonic() - waiting
             set_rate(self.optimizer, self.config.schedule, self.epoch, epoch_step, total)
+            self.key_noise(epoch_step, (self.epoch + epoch_step / total) / self.config.epochs)
             self.train_step(plan)
             self.epoch_images += len(plan)
             self.epoch_step, self.step = epoch_step + 1, self.step + 1
@@ -158,6 +161,16 @@ class Trainer:
             if self.finished:
                 break
             self.save_if_due()
+
+    def key_noise(self, epoch_step: int, done: float) -> None:
+        """Seed what the network draws by itself in this step, on this rank: a resumed run draws
+        what the unbroken one would have. And tell its layers the share of the training done."""
+        seed = torch_seed(self.config.seed, "network", self.epoch, epoch_step, self.world.rank)
+        torch.default_generator.manual_seed(seed)
+        if self.world.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        for clock in self.clocks:
+            clock.done.fill_(done)
 
     def train_step(self, plan: BatchPlan) -> None:
         """One update: forward, loss, backward of each micro-batch, then the optimizer and the average.
