@@ -262,9 +262,13 @@ Entry = tuple[bytes, int, int]
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
-    """The sorted names of the folders in a folder, hidden ones apart."""
-    with os.scandir(folder) as entries:
-        return tuple(sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir()))
+    """The sorted names of the folders in a folder, hidden ones apart. Raises UserError."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [e.name for e in entries if not e.name.startswith(".") and e.is_dir()]
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
+    return tuple(sorted(names))
 
 
 def list_images(root: Path, class_names: tuple[str, ...]) -> Listing:

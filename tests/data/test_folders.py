@@ -158,6 +158,14 @@ def test_images_of_several_sizes_are_fitted_to_be_resident(tmp_path: Path) -> No
 # ------------------------------------------------------------------------------- what is wrong
 
 
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    class_trees(tmp_path)
+    (tmp_path / "val").rename(tmp_path / "other")
+    (tmp_path / "val").write_text("no folder")
+    with pytest.raises(UserError, match=f"{re.escape(str(tmp_path / 'val'))} cannot be read: Not"):
+        imagenet(tmp_path).load()
+
+
 def test_missing_data_is_told_with_where_and_how(tmp_path: Path) -> None:
     for dataset, folder, publisher in (
         (imagenet(tmp_path), "imagenet", "image-net.org"),
@@ -257,6 +265,13 @@ def test_a_bad_image_of_a_resident_set_is_an_error(tmp_path: Path) -> None:
 
 
 # -------------------------------------------------------------------------------- image_folder
+
+
+@pytest.mark.parametrize("name", ["cifar10_jpeg", "imagenet", "tiny_imagenet", "image_folder"])
+def test_delivery_can_be_set_on_the_command_line(name: str) -> None:
+    words = ["delivery=streaming", "bad_images=skip", "cache_dir=elsewhere"]
+    dataset = from_dict(compose([f"dataset={name}", *(f"dataset.{w}" for w in words)])).dataset
+    assert [f"{w}={getattr(dataset, w)}" for w in ("delivery", "bad_images", "cache_dir")] == words
 
 
 def config_of(root: Path, *overrides: str) -> Config:
