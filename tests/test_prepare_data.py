@@ -141,7 +141,9 @@ def test_half_known_states_are_refused(imagenet: Path, devkit: Path, fault: str,
     assert laid_out(folder) == before
 
 
-@pytest.mark.parametrize("fault", ["empty", "no meta", "no mat file", "unknown number"])
+@pytest.mark.parametrize(
+    "fault", ["empty", "no meta", "no mat file", "cut off", "nothing", "unknown number"]
+)
 def test_a_devkit_that_is_none_is_told(devkit: Path, tmp_path: Path, fault: str) -> None:
     meta = devkit / "data/meta.mat"
     truth = devkit / "data/ILSVRC2012_validation_ground_truth.txt"
@@ -151,6 +153,9 @@ def test_a_devkit_that_is_none_is_told(devkit: Path, tmp_path: Path, fault: str)
         meta.unlink()
     elif fault == "no mat file":
         meta.write_text("<html>login first</html>")
+    elif fault in ("cut off", "nothing"):
+        content = meta.read_bytes()
+        meta.write_bytes(content[: 0 if fault == "nothing" else len(content) // 2])
     else:
         truth.write_text("1\n4\n")
     with pytest.raises(UserError, match=f"devkit={devkit}: (there is no|its files are not)"):

@@ -38,7 +38,7 @@ def validation_synsets(devkit: Path) -> dict[str, str]:
             f"devkit={devkit}: there is no {error.filename}; the folder must hold data/{TRUTH} and "
             f"data/meta.mat (ILSVRC2012_devkit_t12), or Kaggle's {KAGGLE}"
         ) from None
-    except (ValueError, LookupError, NotImplementedError) as error:
+    except (ValueError, LookupError) as error:
         raise UserError(
             f"devkit={devkit}: its files are not as published ({type(error).__name__}: {error}); "
             "unpack the archive again"
@@ -50,7 +50,10 @@ def _synsets(file: Path) -> dict[int, str]:
     from scipy.io import loadmat
 
     with open(file, "rb") as opened:
-        table = loadmat(opened, squeeze_me=True)["synsets"]
+        try:
+            table = loadmat(opened, squeeze_me=True)["synsets"]
+        except Exception as error:  # on damaged files scipy raises all kinds
+            raise ValueError(f"{file.name}: {error}") from None
     return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in table if not row["num_children"]}
 
 
