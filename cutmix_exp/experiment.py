@@ -72,6 +72,7 @@ def train(config: Config, world: World, report: Reporter) -> Record:
     try:
         splits = world.together(config.dataset.load)
         record["provenance"]["dataset_fingerprint"] = splits.fingerprint
+        record["provenance"]["images_skipped"] = splits.skipped
         if config.device == "cuda":
             torch.cuda.reset_peak_memory_stats()  # of an earlier run in this process
         trainer = Trainer(config, splits, world, report)

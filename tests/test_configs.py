@@ -11,6 +11,7 @@ import torch
 from cutmix_exp.config import CONFIG_DIR, Hardware, compose, from_dict, resolve
 from cutmix_exp.errors import UserError
 from cutmix_exp.reporting.tables import BUDGETS, load_budget, load_table, row_configs
+from tests.data.trees import class_trees
 from tests.helpers import config_of
 
 CPU = Hardware(cpu_bf16=True)
@@ -25,13 +26,16 @@ def test_all_files_are_in_a_known_group() -> None:
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if len(f.parts) == 2], ids=str)
-def test_every_yaml_is_composed_and_built(file: Path) -> None:
+def test_every_yaml_is_composed_and_built(file: Path, tmp_path: Path) -> None:
     group, name = file.parts[0], file.stem
     assert (CONFIG_DIR / file).read_text().startswith("#"), "a YAML opens with what it is"
+    follows_data = (
+        [f"dataset.root={class_trees(tmp_path)}"] if "dataset/image_folder" in str(file) else []
+    )
     configs = (
         row_configs(load_table(name))
         if group == "table"
-        else [from_dict(compose([f"{group}={name}"]))]
+        else [from_dict(compose([f"{group}={name}", *follows_data]))]
     )
     for config in configs:
         resolved = resolve(config, HARDWARE)
@@ -77,6 +81,17 @@ def test_cifar_recipe() -> None:
     }
     both = config_of("dataset=cifar100", "aug=cutout_mixup").aug.protocol()
     assert both["image"] == {"cutout": {"size": 16}} and both["alpha"] == 1.0
+
+
+def test_imagenet_recipe() -> None:
+    config = config_of("dataset=imagenet", "aug=cutmix")
+    data, s = config.dataset, config.schedule
+    assert (config.epochs, s.batch_size, s.lr, s.gamma) == (300, 256, 0.1, 0.1)
+    assert [share * config.epochs for share in s.milestones] == [75, 150, 225]
+    assert (s.momentum, s.nesterov, s.weight_decay) == (0.9, True, 1e-4)
+    assert (data.num_classes, data.image_size, data.eval_resize) == (1000, 224, 256)
+    assert (data.crop, data.color_jitter, data.lighting) == ("random_resized", 0.4, 0.1)
+    assert (data.crop_scale, data.crop_ratio) == ((0.08, 1.0), (3 / 4, 4 / 3))
 
 
 def test_the_recipe_follows_the_data_set_and_can_be_overridden() -> None:

