@@ -166,6 +166,74 @@ def mixup(
     return mixed, targets
 
 
+def ricap(
+    images: np.ndarray,
+    labels_onehot: np.ndarray,
+    sources: Sequence[Sequence[int]],
+    boundary: tuple[int, int],
+    crops: Sequence[tuple[int, int]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Patch four crops together (RICAP, arXiv 1811.09030, section 3, with its four regions).
+
+    Args:
+        images: [B, C, H, W].
+        labels_onehot: [B, K].
+        sources: B lists of the four images that give image i its upper left, upper right, lower
+            left and lower right region.
+        boundary: the first row and the first column of the lower right region.
+        crops: for each region, the (row, column) of its source where its crop begins.
+
+    Returns:
+        The patched images, float64 [B, C, H, W], and the labels weighted by the number of pixels,
+        float64 [B, K].
+    """
+    batch, channels, height, width = images.shape
+    mixed = np.zeros((batch, channels, height, width), dtype=np.float64)
+    targets = np.zeros((batch, labels_onehot.shape[1]), dtype=np.float64)
+    for i in range(batch):
+        for y in range(height):
+            for x in range(width):
+                lower = y >= boundary[0]
+                right = x >= boundary[1]
+                region = (2 if lower else 0) + (1 if right else 0)
+                source = int(sources[i][region])
+                from_y = crops[region][0] + (y - boundary[0] if lower else y)
+                from_x = crops[region][1] + (x - boundary[1] if right else x)
+                for c in range(channels):
+                    mixed[i, c, y, x] = float(images[source, c, from_y, from_x])
+                targets[i] += labels_onehot[source] / (height * width)
+    return mixed, targets
+
+
+def bc_plus(first: np.ndarray, second: np.ndarray, ratio: float) -> np.ndarray:
+    """Mix two images [C, H, W] as waves (between-class learning, arXiv 1711.10284, Eq. 2 and 3).
+
+    p = 1 / (1 + sigma1 / sigma2 * (1 - r) / r), with sigma the standard deviation over an image's
+    values; the mixture p * x1 + (1 - p) * x2 is divided by sqrt(p^2 + (1 - p)^2). At r = 0 and
+    r = 1 the limits of p are 0 and 1.
+    """
+    values1 = [float(v) for v in first.reshape(-1)]
+    values2 = [float(v) for v in second.reshape(-1)]
+    sigmas = []
+    for values in (values1, values2):
+        mean = sum(values) / len(values)
+        sigmas.append(math.sqrt(sum((v - mean) ** 2 for v in values) / len(values)))
+    p = 0.0 if ratio <= 0.0 else 1.0 / (1.0 + sigmas[0] / sigmas[1] * (1.0 - ratio) / ratio)
+    scale = math.sqrt(p * p + (1.0 - p) * (1.0 - p))
+    mixed = [(p * a + (1.0 - p) * b) / scale for a, b in zip(values1, values2, strict=True)]
+    return np.array(mixed, dtype=np.float64).reshape(first.shape)
+
+
+def concatenate(first: np.ndarray, second: np.ndarray, cut: int, vertical: bool) -> np.ndarray:
+    """Put the first `cut` rows (or columns) of one image [C, H, W] before the rest of another."""
+    mixed = np.zeros(first.shape, dtype=np.float64)
+    for y in range(first.shape[1]):
+        for x in range(first.shape[2]):
+            own = (y if vertical else x) < cut
+            mixed[:, y, x] = first[:, y, x] if own else second[:, y, x]
+    return mixed
+
+
 def cutout(images: np.ndarray, centres: Sequence[tuple[int, int]], size: int) -> np.ndarray:
     """Set one square hole of each image to 0 (Cutout, arXiv 1708.04552, and its authors' code).
 
