@@ -234,6 +234,60 @@ def concatenate(first: np.ndarray, second: np.ndarray, cut: int, vertical: bool)
     return mixed
 
 
+def fine_grained_saliency(image: np.ndarray) -> np.ndarray:
+    """Give OpenCV's fine-grained saliency of an image [3, H, W], without its cuts to bytes.
+
+    Grey values are smoothed twice by (1, 2, 1) / 4 along both axes (the border is mirrored without
+    its own pixel). For each of six radii r, the mean of the window from p - r + 1 to p + r + 1
+    (end excluded, both limited to 0 and side - 1), without the pixel itself, is subtracted; the
+    positive and the negative parts are summed over the radii, each divided by its maximum, and
+    added.
+    """
+    _, height, width = image.shape
+    grey = 0.299 * image[0] + 0.587 * image[1] + 0.114 * image[2]
+    grey = grey.astype(np.float64)
+    for _ in range(2):
+        smooth = np.zeros_like(grey)
+        for y in range(height):
+            for x in range(width):
+                for dy, wy in ((-1, 0.25), (0, 0.5), (1, 0.25)):
+                    for dx, wx in ((-1, 0.25), (0, 0.5), (1, 0.25)):
+                        row, column = abs(y + dy), abs(x + dx)
+                        row = 2 * (height - 1) - row if row >= height else row
+                        column = 2 * (width - 1) - column if column >= width else column
+                        smooth[y, x] += wy * wx * grey[row, column]
+        grey = smooth
+    on = np.zeros_like(grey)
+    off = np.zeros_like(grey)
+    for radius in (12, 24, 48, 28, 56, 112):
+        for y in range(height):
+            for x in range(width):
+                top, bottom = (_limit(y + d, 0, height - 1) for d in (1 - radius, 1 + radius))
+                left, right = (_limit(x + d, 0, width - 1) for d in (1 - radius, 1 + radius))
+                total = float(grey[top:bottom, left:right].sum()) - grey[y, x]
+                mean = total / ((bottom - top) * (right - left) - 1)
+                on[y, x] += max(grey[y, x] - mean, 0.0)
+                off[y, x] += max(mean - grey[y, x], 0.0)
+    return on / on.max() + off / off.max()
+
+
+def fmix_mask(noise: np.ndarray, count: int, soft: int) -> np.ndarray:
+    """Binarise noise [H, W] as FMix does (arXiv 2002.12047, section 4, and its authors' code): the
+    `count` highest pixels are 1, the others 0; the `soft` pixels on both sides of the edge get the
+    values of an even fall from 1 to 0."""
+    height, width = noise.shape
+    order = sorted(
+        ((y, x) for y in range(height) for x in range(width)), key=lambda p: -noise[p[0], p[1]]
+    )
+    mask = np.zeros_like(noise)
+    for place, (y, x) in enumerate(order):
+        if place < count - soft:
+            mask[y, x] = 1.0
+        elif place < count + soft:
+            mask[y, x] = np.linspace(1, 0, 2 * soft)[place - (count - soft)]
+    return mask
+
+
 def cutout(images: np.ndarray, centres: Sequence[tuple[int, int]], size: int) -> np.ndarray:
     """Set one square hole of each image to 0 (Cutout, arXiv 1708.04552, and its authors' code).
 
