@@ -319,6 +319,34 @@ def cutout(images: np.ndarray, centres: Sequence[tuple[int, int]], size: int) ->
     return result
 
 
+def erase(images: np.ndarray, boxes: Sequence[Box], fill: Sequence[float]) -> np.ndarray:
+    """Give one box of each image [C, H, W] the colour `fill` (Random Erasing, 1708.04896)."""
+    result = images.astype(np.float64)
+    for i, (top, left, bottom, right) in enumerate(boxes):
+        for y in range(top, bottom):
+            for x in range(left, right):
+                for c in range(images.shape[1]):
+                    result[i, c, y, x] = fill[c]
+    return result
+
+
+def hidden_cells(hidden: np.ndarray, cell: int) -> np.ndarray | None:
+    """Tell which cells of a grid are hidden, bool [rows, columns], from the pixels [H, W] that are;
+    None where a cell is hidden only in part (Hide-and-Seek, 1704.04232)."""
+    height, width = hidden.shape
+    found = np.zeros((math.ceil(height / cell), math.ceil(width / cell)), dtype=bool)
+    for row in range(found.shape[0]):
+        for column in range(found.shape[1]):
+            values = set()
+            for y in range(row * cell, min((row + 1) * cell, height)):
+                for x in range(column * cell, min((column + 1) * cell, width)):
+                    values.add(bool(hidden[y, x]))
+            if len(values) > 1:
+                return None
+            found[row, column] = values.pop()
+    return found
+
+
 def official_lambda_draws(
     height: int, width: int, alpha: float, draws: int, seed: int
 ) -> np.ndarray:
