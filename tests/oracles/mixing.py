@@ -166,6 +166,128 @@ def mixup(
     return mixed, targets
 
 
+def ricap(
+    images: np.ndarray,
+    labels_onehot: np.ndarray,
+    sources: Sequence[Sequence[int]],
+    boundary: tuple[int, int],
+    crops: Sequence[tuple[int, int]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Patch four crops together (RICAP, arXiv 1811.09030, section 3, with its four regions).
+
+    Args:
+        images: [B, C, H, W].
+        labels_onehot: [B, K].
+        sources: B lists of the four images that give image i its upper left, upper right, lower
+            left and lower right region.
+        boundary: the first row and the first column of the lower right region.
+        crops: for each region, the (row, column) of its source where its crop begins.
+
+    Returns:
+        The patched images, float64 [B, C, H, W], and the labels weighted by the number of pixels,
+        float64 [B, K].
+    """
+    batch, channels, height, width = images.shape
+    mixed = np.zeros((batch, channels, height, width), dtype=np.float64)
+    targets = np.zeros((batch, labels_onehot.shape[1]), dtype=np.float64)
+    for i in range(batch):
+        for y in range(height):
+            for x in range(width):
+                lower = y >= boundary[0]
+                right = x >= boundary[1]
+                region = (2 if lower else 0) + (1 if right else 0)
+                source = int(sources[i][region])
+                from_y = crops[region][0] + (y - boundary[0] if lower else y)
+                from_x = crops[region][1] + (x - boundary[1] if right else x)
+                for c in range(channels):
+                    mixed[i, c, y, x] = float(images[source, c, from_y, from_x])
+                targets[i] += labels_onehot[source] / (height * width)
+    return mixed, targets
+
+
+def bc_plus(first: np.ndarray, second: np.ndarray, ratio: float) -> np.ndarray:
+    """Mix two images [C, H, W] as waves (between-class learning, arXiv 1711.10284, Eq. 2 and 3).
+
+    p = 1 / (1 + sigma1 / sigma2 * (1 - r) / r), with sigma the standard deviation over an image's
+    values; the mixture p * x1 + (1 - p) * x2 is divided by sqrt(p^2 + (1 - p)^2). At r = 0 and
+    r = 1 the limits of p are 0 and 1.
+    """
+    values1 = [float(v) for v in first.reshape(-1)]
+    values2 = [float(v) for v in second.reshape(-1)]
+    sigmas = []
+    for values in (values1, values2):
+        mean = sum(values) / len(values)
+        sigmas.append(math.sqrt(sum((v - mean) ** 2 for v in values) / len(values)))
+    p = 0.0 if ratio <= 0.0 else 1.0 / (1.0 + sigmas[0] / sigmas[1] * (1.0 - ratio) / ratio)
+    scale = math.sqrt(p * p + (1.0 - p) * (1.0 - p))
+    mixed = [(p * a + (1.0 - p) * b) / scale for a, b in zip(values1, values2, strict=True)]
+    return np.array(mixed, dtype=np.float64).reshape(first.shape)
+
+
+def concatenate(first: np.ndarray, second: np.ndarray, cut: int, vertical: bool) -> np.ndarray:
+    """Put the first `cut` rows (or columns) of one image [C, H, W] before the rest of another."""
+    mixed = np.zeros(first.shape, dtype=np.float64)
+    for y in range(first.shape[1]):
+        for x in range(first.shape[2]):
+            own = (y if vertical else x) < cut
+            mixed[:, y, x] = first[:, y, x] if own else second[:, y, x]
+    return mixed
+
+
+def fine_grained_saliency(image: np.ndarray) -> np.ndarray:
+    """Give OpenCV's fine-grained saliency of an image [3, H, W], without its cuts to bytes.
+
+    Grey values are smoothed twice by (1, 2, 1) / 4 along both axes (the border is mirrored without
+    its own pixel). For each of six radii r, the mean of the window from p - r + 1 to p + r + 1
+    (end excluded, both limited to 0 and side - 1), without the pixel itself, is subtracted; the
+    positive and the negative parts are summed over the radii, each divided by its maximum, and
+    added.
+    """
+    _, height, width = image.shape
+    grey = 0.299 * image[0] + 0.587 * image[1] + 0.114 * image[2]
+    grey = grey.astype(np.float64)
+    for _ in range(2):
+        smooth = np.zeros_like(grey)
+        for y in range(height):
+            for x in range(width):
+                for dy, wy in ((-1, 0.25), (0, 0.5), (1, 0.25)):
+                    for dx, wx in ((-1, 0.25), (0, 0.5), (1, 0.25)):
+                        row, column = abs(y + dy), abs(x + dx)
+                        row = 2 * (height - 1) - row if row >= height else row
+                        column = 2 * (width - 1) - column if column >= width else column
+                        smooth[y, x] += wy * wx * grey[row, column]
+        grey = smooth
+    on = np.zeros_like(grey)
+    off = np.zeros_like(grey)
+    for radius in (12, 24, 48, 28, 56, 112):
+        for y in range(height):
+            for x in range(width):
+                top, bottom = (_limit(y + d, 0, height - 1) for d in (1 - radius, 1 + radius))
+                left, right = (_limit(x + d, 0, width - 1) for d in (1 - radius, 1 + radius))
+                total = float(grey[top:bottom, left:right].sum()) - grey[y, x]
+                mean = total / ((bottom - top) * (right - left) - 1)
+                on[y, x] += max(grey[y, x] - mean, 0.0)
+                off[y, x] += max(mean - grey[y, x], 0.0)
+    return on / on.max() + off / off.max()
+
+
+def fmix_mask(noise: np.ndarray, count: int, soft: int) -> np.ndarray:
+    """Binarise noise [H, W] as FMix does (arXiv 2002.12047, section 4, and its authors' code): the
+    `count` highest pixels are 1, the others 0; the `soft` pixels on both sides of the edge get the
+    values of an even fall from 1 to 0."""
+    height, width = noise.shape
+    order = sorted(
+        ((y, x) for y in range(height) for x in range(width)), key=lambda p: -noise[p[0], p[1]]
+    )
+    mask = np.zeros_like(noise)
+    for place, (y, x) in enumerate(order):
+        if place < count - soft:
+            mask[y, x] = 1.0
+        elif place < count + soft:
+            mask[y, x] = np.linspace(1, 0, 2 * soft)[place - (count - soft)]
+    return mask
+
+
 def cutout(images: np.ndarray, centres: Sequence[tuple[int, int]], size: int) -> np.ndarray:
     """Set one square hole of each image to 0 (Cutout, arXiv 1708.04552, and its authors' code).
 
@@ -195,6 +317,34 @@ def cutout(images: np.ndarray, centres: Sequence[tuple[int, int]], size: int) ->
                     else:
                         result[i, c, y, x] = float(images[i, c, y, x])
     return result
+
+
+def erase(images: np.ndarray, boxes: Sequence[Box], fill: Sequence[float]) -> np.ndarray:
+    """Give one box of each image [C, H, W] the colour `fill` (Random Erasing, 1708.04896)."""
+    result = images.astype(np.float64)
+    for i, (top, left, bottom, right) in enumerate(boxes):
+        for y in range(top, bottom):
+            for x in range(left, right):
+                for c in range(images.shape[1]):
+                    result[i, c, y, x] = fill[c]
+    return result
+
+
+def hidden_cells(hidden: np.ndarray, cell: int) -> np.ndarray | None:
+    """Tell which cells of a grid are hidden, bool [rows, columns], from the pixels [H, W] that are;
+    None where a cell is hidden only in part (Hide-and-Seek, 1704.04232)."""
+    height, width = hidden.shape
+    found = np.zeros((math.ceil(height / cell), math.ceil(width / cell)), dtype=bool)
+    for row in range(found.shape[0]):
+        for column in range(found.shape[1]):
+            values = set()
+            for y in range(row * cell, min((row + 1) * cell, height)):
+                for x in range(column * cell, min((column + 1) * cell, width)):
+                    values.add(bool(hidden[y, x]))
+            if len(values) > 1:
+                return None
+            found[row, column] = values.pop()
+    return found
 
 
 def official_lambda_draws(
