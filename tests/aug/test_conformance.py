@@ -29,6 +29,7 @@ DOCUMENT = ROOT / "docs" / "conformance.md"
 
 BLENDS = {
     "mixup": "blends images",
+    "manifold_mixup": "blends images",
     "cutmix_or_mixup": "may blend images",
     "between_class": "blends images",
     "between_class_plus": "blends images",
@@ -45,13 +46,15 @@ NOT_BY_AREA = {
 
 
 def mixers() -> dict[str, Mixer]:
-    """The mixers of configs/aug by their names, made to mix every batch."""
+    """The mixers of configs/aug by their names, made to mix every batch; those that mix features
+    do so at layer 0, the image (tests/aug/test_feature.py looks inside the network)."""
     found = {}
     for file in sorted((CONFIG_DIR / "aug").glob("*.yaml")):
         aug = from_dict(compose([f"aug={file.stem}"])).aug.resolve(SIDE)
         if aug.name == file.stem and not isinstance(aug.mix, NoMix):
-            has_prob = hasattr(aug.mix, "prob")
-            found[aug.name] = replace(aug.mix, prob=1.0) if has_prob else aug.mix  # type: ignore[call-arg]
+            always = {"prob": 1.0} if hasattr(aug.mix, "prob") else {}
+            at_image = {"layers": (0,)} if aug.mix.mixes_features else {}
+            found[aug.name] = replace(aug.mix, **always, **at_image)  # type: ignore[arg-type]
     return found
 
 

@@ -62,6 +62,7 @@ def pipeline(
         seed=5,
         batch_size=8,
         device=CPU,
+        shares=size,
         rank=rank,
         world_size=size,
     )
