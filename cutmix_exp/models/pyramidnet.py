@@ -64,7 +64,7 @@ class PyramidUnit(nn.Module):
 @dataclass(frozen=True, kw_only=True)
 class PyramidNet(Residual):
     """PyramidNet-200: alpha 240 in three stages on CIFAR-like images (paper Table 5), alpha 300 in
-    four stages on ImageNet-like ones (Han et al., Table 5). Bottleneck units.
+    four stages on ImageNet-like ones (that of Han et al.). Bottleneck units.
 
     Attributes:
         depth: 9n+2 layers (bottleneck) or 6n+2 (basic) in three stages; 18, 34, 50, 101, 152 or
