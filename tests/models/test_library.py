@@ -46,7 +46,6 @@ def same(ours: nn.Module, theirs: nn.Module, side: int) -> None:
         ("timm", "resnet50", 224, 25_557_032),
         ("timm", "seresnet50", 224, 28_088_024),  # 28.1M in the paper's Table 3
         ("timm", "vit_tiny_patch16_224", 224, 5_717_416),
-        ("torchvision", "resnet152", 224, 60_192_808),
         ("torchvision", "vgg16", 224, 138_357_544),
         ("torchvision", "inception_v3", 299, 23_834_568),  # without the auxiliary head
         ("torchvision", "googlenet", 224, 6_624_904),
