@@ -390,17 +390,20 @@ def resolve(config: Config, hardware: Hardware | None = None) -> Config:
     """
     hardware = hardware or Hardware.here()
     dataset, schedule = config.dataset.resolve(), config.schedule
+    model = config.model.resolve(dataset.image_size)
+    if (expected := model.normalization()) is not None:  # of pretrained weights
+        dataset = replace(dataset, mean=expected[0], std=expected[1])
     epochs = schedule.epochs or config.budget.epochs_for(
-        dataset.name, config.model.name, schedule.full_epochs
+        dataset.name, model.name, schedule.full_epochs
     )
     device = _device(config, hardware)
     resolved = replace(
         config,
-        dataset=dataset,
         device=device,
         devices=_devices(config, device, hardware),
         precision=_precision(config, device, hardware),
-        model=config.model.resolve(dataset.image_size),
+        dataset=dataset,
+        model=model,
         aug=config.aug.resolve(dataset.image_size),
         schedule=schedule.resolve(epochs),
     )

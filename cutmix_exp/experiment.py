@@ -49,6 +49,7 @@ def run(config: Config) -> Record:
             report.say(summary(done))
             return done
         world.together(config.dataset.prepare)  # before anything is written
+        world.together(config.model.prepare)
         with ExitStack() as held:
             world.together(lambda: held.enter_context(run_directory(config, world)))
             return train(config, world, report)

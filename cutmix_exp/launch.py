@@ -40,6 +40,7 @@ def launch(config: Config) -> None:
         return
     if experiment.finished_record(config) is None:
         config.dataset.prepare()  # once, and its errors here, before any process is started
+        config.model.prepare()
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

@@ -115,8 +115,11 @@ class FeatureMixing(PlanReceiver):
 
 
 def feature_points(network: nn.Module) -> tuple[str, ...]:
-    """Names of the modules after which features can be mixed: the stem, then each stage."""
-    return tuple(getattr(network, "feature_points", ()))
+    """Names of the modules after which features can be mixed: the stem, then each stage; none where
+    a library's network has no such names."""
+    usual = ("bn1", "layer1", "layer2", "layer3", "layer4")  # the ResNets of torchvision and timm
+    found = usual if all(hasattr(network, name) for name in usual) else ()
+    return tuple(getattr(network, "feature_points", found))
 
 
 @torch.no_grad()

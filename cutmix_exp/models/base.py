@@ -14,6 +14,7 @@ from cutmix_exp.schema import Part
 
 Family = Literal["cifar", "imagenet"]
 Block = Literal["basic", "bottleneck"]
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 SMALL_IMAGE = 64
 """Images up to this side are CIFAR-like: networks keep their resolution longer."""
@@ -38,6 +39,14 @@ class Model(Part):
             UserError: a depth that fits no layout, an image too small for the strides.
         """
         return self
+
+    def normalization(self) -> Statistics | None:
+        """Mean and standard deviation of each channel in [0, 1] that the initial weights expect;
+        None: the data set's own."""
+        return None
+
+    def prepare(self) -> None:
+        """Make sure that weights which are to be loaded can be had. Raises UserError."""
 
     def build(self, num_classes: int) -> nn.Module:
         """A network for float images [B, 3, H, W] that returns logits [B, num_classes]."""

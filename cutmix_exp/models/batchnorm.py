@@ -14,6 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cutmix_exp.errors import UserError
 
 
 class BatchGroups:
@@ -79,11 +82,20 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
 
 
 def group_batchnorm(network: nn.Module, groups: BatchGroups) -> None:
-    """Replace every BatchNorm2d of a network by a grouped one."""
+    """Replace every BatchNorm2d of a network by a grouped one.
+
+    Raises:
+        UserError: the network has BatchNorm layers of another kind (some of timm's have).
+    """
     for module in network.modules():
         for name, child in module.named_children():
             if type(child) is nn.BatchNorm2d:
                 setattr(module, name, GroupedBatchNorm2d.convert(child, groups))
+            elif isinstance(child, _BatchNorm) and not isinstance(child, GroupedBatchNorm2d):
+                raise UserError(
+                    f"trainer.bn_group_size: the network has {type(child).__name__} layers, which "
+                    "know no groups; leave trainer.bn_group_size out, or choose another model"
+                )
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from cutmix_exp.models.base import (
     Block,
-    Model,
+    Family,
     PooledLinear,
     StagedNetwork,
-    blocks_per_stage,
-    check_image,
     conv,
+    family,
+    imagenet_stem,
 )
+from cutmix_exp.models.resnet import FOUR_STAGES, Residual
 from cutmix_exp.schema import option
 
 
@@ -60,45 +61,61 @@ class PyramidUnit(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PyramidNet(Model):
-    """The paper's CIFAR network: PyramidNet-200, alpha 240, bottleneck (Table 5).
+class PyramidNet(Residual):
+    """PyramidNet-200: alpha 240 in three stages on CIFAR-like images (paper Table 5), alpha 300 in
+    four stages on ImageNet-like ones (that of Han et al.). Bottleneck units.
 
     Attributes:
-        depth: 9n+2 layers (bottleneck) or 6n+2 (basic).
-        alpha: widening factor: the planes grow by alpha/(3n) with each unit, from 16 to 16+alpha.
-        block: `bottleneck` or `basic`.
+        depth: 9n+2 layers (bottleneck) or 6n+2 (basic) in three stages; 18, 34, 50, 101, 152 or
+            200 in four. Depth 200 is both: its layout follows the image size.
+        alpha: widening factor: of `units` units in all, each has alpha/units planes more than the
+            one before it; they begin at the width of the stem, 16 in three stages and 64 in four.
+        block: None is `bottleneck`, but `basic` for depths 18 and 34 in four stages.
     """
 
     # Its many odd widths make channels_last slower than the plain layout in eager bf16.
     memory_format: ClassVar[torch.memory_format] = torch.contiguous_format
+    four_stages: ClassVar[dict[int, tuple[Block, tuple[int, ...]]]] = {
+        **FOUR_STAGES,
+        200: ("bottleneck", (3, 24, 36, 3)),
+    }
 
-    depth: int = option(200, ge=1)
-    alpha: int = option(240, ge=1)
-    block: Block = "bottleneck"
+    layout: Family | None = option(None, neutral="cifar")
+    stem: Family | None = option(None, neutral="cifar")
+    alpha: int | None = option(None, ge=1)
+
+    def _default_depth(self, image_size: int) -> int:
+        return 200
+
+    def _default_layout(self, depth: int, image_size: int) -> Family:
+        return family(image_size) if depth == 200 else super()._default_layout(depth, image_size)
+
+    def _three_stage_block(self, depth: int) -> Block:
+        return "bottleneck"
 
     def resolve(self, image_size: int) -> PyramidNet:
-        self._units()
-        check_image(self.name, image_size, 4)
-        return self
-
-    def _units(self) -> int:
-        per_block = 3 if self.block == "bottleneck" else 2
-        return blocks_per_stage(f"{self.name} of {self.block} blocks", self.depth, per_block)
+        resolved = super().resolve(image_size)
+        assert isinstance(resolved, PyramidNet)
+        return replace(resolved, alpha=self.alpha or (240 if resolved.layout == "cifar" else 300))
 
     def build(self, num_classes: int) -> nn.Module:
-        units, expansion = self._units(), 4 if self.block == "bottleneck" else 1
-        inputs, planes = 16, 16.0
-        stem = nn.Sequential(conv(3, inputs, 3), nn.BatchNorm2d(inputs))
-        stages: list[nn.Module] = []
-        for index in range(3):
+        assert self.alpha is not None and self.block is not None, "resolve() comes first"
+        lengths, expansion = self._stage_lengths(), 4 if self.block == "bottleneck" else 1
+        inputs = 64 if self.layout == "imagenet" else 16
+        stem = imagenet_stem(inputs) if self.stem == "imagenet" else self._small_stem(inputs)
+        planes, stages = float(inputs), list[nn.Module]()
+        for index, length in enumerate(lengths):
             stage = []
-            for position in range(units):
+            for position in range(length):
                 # The sum is kept as a float: rounding each width from a product instead would
                 # give other widths, and other parameter counts, than the authors'.
-                planes += self.alpha / (3 * units)
+                planes += self.alpha / sum(lengths)
                 stride = 2 if index and not position else 1
                 stage.append(PyramidUnit(inputs, round(planes), stride, self.block))
                 inputs = round(planes) * expansion
             stages.append(nn.Sequential(*stage))
         head = nn.Sequential(nn.BatchNorm2d(inputs), nn.ReLU(), PooledLinear(inputs, num_classes))
         return StagedNetwork(stem, stages, head)
+
+    def _small_stem(self, channels: int) -> nn.Module:
+        return nn.Sequential(conv(3, channels, 3), nn.BatchNorm2d(channels))  # no ReLU

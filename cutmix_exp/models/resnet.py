@@ -9,6 +9,7 @@ its stem is one 3x3 convolution, as customary for "ResNet-18 on CIFAR".
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -34,13 +35,6 @@ FOUR_STAGES: dict[int, tuple[Block, tuple[int, ...]]] = {
     101: ("bottleneck", (3, 4, 23, 3)),
     152: ("bottleneck", (3, 8, 36, 3)),
 }
-
-
-def _three_stage_block(depth: int) -> Block:
-    fits_basic, fits_bottleneck = not (depth - 2) % 6, not (depth - 2) % 9
-    if fits_basic and fits_bottleneck:
-        return "bottleneck" if depth >= 110 else "basic"
-    return "basic" if fits_basic else "bottleneck"
 
 
 def projection(inputs: int, outputs: int, stride: int) -> nn.Module:
@@ -100,10 +94,11 @@ class Bottleneck(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Residual(Model):
-    """What ResNet and ResNeXt share: the choice of layout, stem and block.
+class Residual(Model):
+    """What ResNet, ResNeXt and PyramidNet share: the choice of layout, stem and block.
 
     Attributes:
+        four_stages: block and stage lengths by depth of the four-stage layout.
         depth: number of layers; None is the paper's choice for the image size.
         layout: `cifar` (three stages) or `imagenet` (four). None follows depth and image size:
             depths 18, 34, 50, 101 and 152 always mean four stages.
@@ -114,6 +109,8 @@ class _Residual(Model):
             the field calls ResNet-20, 32, 44 and 56, or whichever of the two fits the depth.
     """
 
+    four_stages: ClassVar[dict[int, tuple[Block, tuple[int, ...]]]] = FOUR_STAGES
+
     depth: int | None = option(None, ge=1)
     layout: Family | None = None
     stem: Family | None = None
@@ -122,24 +119,34 @@ class _Residual(Model):
     def _default_depth(self, image_size: int) -> int:
         raise NotImplementedError
 
-    def resolve(self, image_size: int) -> _Residual:
+    def _default_layout(self, depth: int, image_size: int) -> Family:
+        return "imagenet" if depth in FOUR_STAGES else "cifar"
+
+    def _three_stage_block(self, depth: int) -> Block:
+        fits_basic, fits_bottleneck = not (depth - 2) % 6, not (depth - 2) % 9
+        if fits_basic and fits_bottleneck:
+            return "bottleneck" if depth >= 110 else "basic"
+        return "basic" if fits_basic else "bottleneck"
+
+    def resolve(self, image_size: int) -> Residual:
         depth = self.depth or self._default_depth(image_size)
-        layout: Family = self.layout or ("imagenet" if depth in FOUR_STAGES else "cifar")
+        layout: Family = self.layout or self._default_layout(depth, image_size)
         stem: Family = self.stem or family(image_size)
         if layout == "imagenet":
-            if depth not in FOUR_STAGES:
+            if depth not in self.four_stages:
                 raise UserError(
                     f"model.depth={depth} fits no four-stage {self.name}; "
-                    f"it must be one of {', '.join(map(str, FOUR_STAGES))}"
+                    f"it must be one of {', '.join(map(str, self.four_stages))}"
                 )
-            block: Block = self.block or FOUR_STAGES[depth][0]
-            if block != FOUR_STAGES[depth][0]:
+            own = self.four_stages[depth][0]
+            block: Block = self.block or own
+            if block != own:
                 raise UserError(
                     f"model.block={block}: {self.name} of depth {depth} in four stages "
-                    f"is made of {FOUR_STAGES[depth][0]} blocks"
+                    f"is made of {own} blocks"
                 )
         else:
-            block = self.block or _three_stage_block(depth)
+            block = self.block or self._three_stage_block(depth)
             blocks_per_stage(
                 f"{self.name} of {block} blocks", depth, 3 if block == "bottleneck" else 2
             )
@@ -150,7 +157,7 @@ class _Residual(Model):
     def _stage_lengths(self) -> tuple[int, ...]:
         assert self.depth is not None, "resolve() comes first"
         if self.layout == "imagenet":
-            return FOUR_STAGES[self.depth][1]
+            return self.four_stages[self.depth][1]
         return (
             blocks_per_stage(self.name, self.depth, 3 if self.block == "bottleneck" else 2),
         ) * 3
@@ -160,7 +167,7 @@ class _Residual(Model):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResNet(_Residual):
+class ResNet(Residual):
     """ResNet (He et al., 1512.03385): ResNet-110 with bottlenecks on CIFAR-like images (paper
     Table 6), ResNet-50 on ImageNet-like ones (Table 3)."""
 
@@ -183,7 +190,7 @@ class ResNet(_Residual):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResNeXt(_Residual):
+class ResNeXt(Residual):
     """ResNeXt (Xie et al., 1611.05431): ResNeXt-29 8x64d in three stages on CIFAR-like images,
     ResNeXt-101 32x4d on ImageNet-like ones (paper Table 4). Bottleneck blocks only.
 

@@ -12,17 +12,20 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.densenet import DenseNet as TorchvisionDenseNet
 from torchvision.models.resnet import Bottleneck as TorchvisionBottleneck
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 
 from cutmix_exp.errors import UserError
 from cutmix_exp.models.base import Model, StagedNetwork, blocks_per_stage, count_parameters
+from cutmix_exp.models.densenet import DenseNet
 from cutmix_exp.models.pyramidnet import PyramidNet
 from cutmix_exp.models.resnet import ResNet, ResNeXt
 from cutmix_exp.models.wide_resnet import WideResNet
 from tests.oracles import networks
 
 KINDS: dict[str, type[Model]] = {
+    "densenet": DenseNet,
     "pyramidnet": PyramidNet,
     "resnet": ResNet,
     "resnext": ResNeXt,
@@ -41,11 +44,13 @@ def network(name: str, classes: int = 10, image_size: int = 32, **fields: Any) -
 SMALL: dict[str, dict[str, Any]] = {
     "pyramidnet bottleneck": {"name": "pyramidnet", "depth": 11, "alpha": 10},
     "pyramidnet basic": {"name": "pyramidnet", "depth": 14, "alpha": 13, "block": "basic"},
+    "pyramidnet four stages": {"name": "pyramidnet", "depth": 18, "alpha": 20},
     "resnet bottleneck": {"name": "resnet", "depth": 11, "block": "bottleneck"},
     "resnet basic": {"name": "resnet", "depth": 8},
     "resnet four stages": {"name": "resnet", "depth": 18},
     "resnext": {"name": "resnext", "depth": 11, "cardinality": 4, "base_width": 8},
     "wide_resnet": {"name": "wide_resnet", "depth": 10, "widen_factor": 2},
+    "densenet": {"name": "densenet", "depth": 16, "growth": 4},
 }
 small = pytest.mark.parametrize("fields", SMALL.values(), ids=SMALL)
 
@@ -68,8 +73,12 @@ small = pytest.mark.parametrize("fields", SMALL.values(), ids=SMALL)
         ("resnet", {"depth": 18}, 32, 100, 11_220_132),
         ("resnet", {}, 224, 1000, 25_557_032),
         ("resnet", {"depth": 101}, 224, 1000, 44_549_160),
+        ("resnet", {"depth": 152}, 224, 1000, 60_192_808),
         ("resnext", {}, 224, 1000, 44_177_704),
+        ("pyramidnet", {}, 224, 1000, 62_368_168),
         ("wide_resnet", {}, 32, 100, 36_536_884),
+        ("densenet", {}, 32, 10, 769_162),
+        ("densenet", {"depth": 190, "growth": 40}, 32, 10, 25_624_430),
     ],
 )
 def test_the_number_of_parameters(
@@ -106,6 +115,15 @@ def test_the_number_of_parameters(
         ("resnext", 32, {}, (29, "cifar", "cifar", "bottleneck")),
         ("resnext", 224, {}, (101, "imagenet", "imagenet", "bottleneck")),
         ("resnext", 32, {"depth": 50}, (50, "imagenet", "cifar", "bottleneck")),
+        ("pyramidnet", 32, {}, (200, "cifar", "cifar", "bottleneck")),
+        ("pyramidnet", 224, {}, (200, "imagenet", "imagenet", "bottleneck")),
+        ("pyramidnet", 32, {"depth": 110}, (110, "cifar", "cifar", "bottleneck")),
+        ("pyramidnet", 32, {"depth": 20}, (20, "cifar", "cifar", "bottleneck")),
+        ("pyramidnet", 224, {"depth": 110}, (110, "cifar", "imagenet", "bottleneck")),
+        ("pyramidnet", 224, {"layout": "cifar"}, (200, "cifar", "imagenet", "bottleneck")),
+        ("pyramidnet", 32, {"layout": "imagenet"}, (200, "imagenet", "cifar", "bottleneck")),
+        ("pyramidnet", 32, {"depth": 101}, (101, "imagenet", "cifar", "bottleneck")),
+        ("pyramidnet", 224, {"depth": 34}, (34, "imagenet", "imagenet", "basic")),
     ],
 )
 def test_depth_layout_stem_and_block_follow_the_image(
@@ -131,6 +149,9 @@ def test_resnext_follows_the_image_in_its_groups() -> None:
 def test_the_papers_networks_are_the_defaults() -> None:
     pyramidnet: Any = model("pyramidnet").resolve(32)
     assert (pyramidnet.depth, pyramidnet.alpha, pyramidnet.block) == (200, 240, "bottleneck")
+    for image_size, alpha in ((32, 240), (64, 240), (65, 300), (224, 300)):
+        pyramidnet = model("pyramidnet").resolve(image_size)
+        assert (pyramidnet.depth, pyramidnet.alpha) == (200, alpha)
     wide: Any = model("wide_resnet").resolve(32)
     assert (wide.depth, wide.widen_factor) == (28, 10)
 
@@ -186,6 +207,10 @@ FULL_DEPTH: dict[str, tuple[dict[str, Any], Callable[[], nn.Module]]] = {
     "pyramidnet-110 basic": (
         {"name": "pyramidnet", "depth": 110, "alpha": 270, "block": "basic", "classes": 100},
         lambda: networks.ReferencePyramidNet(110, 270, 100, bottleneck=False),
+    ),
+    "pyramidnet-200 four stages": (
+        {"name": "pyramidnet", "classes": 1000, "image_size": 224},
+        lambda: networks.ReferencePyramidNet200ImageNet(300, 1000),
     ),
     "resnet-110": (
         {"name": "resnet", "classes": 100},
@@ -295,11 +320,31 @@ def test_full_depth_networks_have_the_shapes_of_the_reference(case: Any) -> None
     assert [t.shape for t in state(ours)] == [t.shape for t in state(theirs)]
 
 
-TORCHVISION: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
-    "resnet50": ({"name": "resnet", "depth": 50}, torchvision.models.resnet50),
+TORCHVISION: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
     "resnet18": ({"name": "resnet", "depth": 18}, torchvision.models.resnet18),
-    "resnext50_32x4d": ({"name": "resnext", "depth": 50}, torchvision.models.resnext50_32x4d),
+    "resnet50": ({"name": "resnet"}, torchvision.models.resnet50),
+    "resnet101": ({"name": "resnet", "depth": 101}, torchvision.models.resnet101),
+    "resnext101_32x4d": (
+        {"name": "resnext"},
+        lambda **classes: TorchvisionResNet(
+            TorchvisionBottleneck, [3, 4, 23, 3], groups=32, width_per_group=4, **classes
+        ),
+    ),
 }
+
+
+def large_pair(fields: dict[str, Any], reference: Callable[[], nn.Module]) -> tuple[Any, Any]:
+    """Our network for 224 px and the reference with the same weights. They are drawn once: it is
+    what takes long about large networks."""
+    with torch.device("meta"):
+        ours, theirs = network(image_size=224, **fields), reference()
+    for each in (ours, theirs):
+        each.to_empty(device="cpu")
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, 0, parameter[0].numel() ** -0.5)
+    randomise(theirs)
+    copy_state(theirs, ours)
+    return ours, theirs
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
@@ -307,10 +352,37 @@ def test_four_stages_equal_torchvision(name: str) -> None:
     """Also the stride in the 3x3 convolution (v1.5)."""
     torch.manual_seed(0)
     fields, make = TORCHVISION[name]
-    ours, theirs = network(classes=1000, stem="imagenet", **fields), make()
+    ours, theirs = large_pair(fields, lambda: make(num_classes=10))
+    check_same_maps(ours, theirs, theirs.layer4, side=64)
+
+
+def test_four_stage_pyramidnet_equals_the_reference() -> None:
+    torch.manual_seed(0)
+    ours, theirs = large_pair(
+        {"name": "pyramidnet"}, lambda: networks.ReferencePyramidNet200ImageNet(300, 10)
+    )
+    check_same_maps(ours, theirs, theirs.units[-1], side=64)
+
+
+def test_densenet_equals_torchvision() -> None:
+    """Its blocks behind our stem; forward, backward and running statistics."""
+    torch.manual_seed(0)
+    ours = network("densenet", depth=16, growth=6)
+    theirs = TorchvisionDenseNet(6, (2, 2, 2), num_init_features=12, num_classes=10)
+    theirs.features.conv0 = nn.Conv2d(3, 12, 3, padding=1, bias=False)
+    theirs.features.norm0 = theirs.features.relu0 = theirs.features.pool0 = nn.Identity()
     randomise(theirs)
     copy_state(theirs, ours)
-    check_same_maps(ours, theirs, theirs.layer4, side=64)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    check_same(ours.double(), theirs.double(), images)
+
+
+def test_densenet_keeps_a_share_of_the_maps() -> None:
+    """The first block ends with 10 + 2 x 5 maps; of 20, a share of 0.33 rounded down is 6."""
+    made = network("densenet", depth=16, growth=5, compression=0.33)
+    widths = [m.out_channels for m in made.stage2.modules() if isinstance(m, nn.Conv2d)]
+    assert made.stem.out_channels == 10
+    assert widths == [6, 20, 5, 20, 5]
 
 
 @pytest.mark.parametrize(
@@ -393,6 +465,9 @@ def test_networks_take_any_image_size(fields: dict[str, Any], image_size: int) -
         ("resnet", {"depth": 8, "stem": "imagenet"}, 16),
         ("resnext", {"depth": 11, "cardinality": 2, "base_width": 4}, 4),
         ("wide_resnet", {"depth": 10, "widen_factor": 1}, 4),
+        ("pyramidnet", {"depth": 18, "alpha": 10}, 8),
+        ("pyramidnet", {"depth": 18, "alpha": 10, "stem": "imagenet"}, 32),
+        ("densenet", {"depth": 10, "growth": 4}, 4),
     ],
 )
 def test_images_that_vanish_under_the_strides_are_refused(
@@ -407,7 +482,7 @@ def test_images_that_vanish_under_the_strides_are_refused(
 @small
 def test_a_stage_is_found_by_name_and_shrinks_the_map(fields: dict[str, Any]) -> None:
     made = network(**fields).eval()
-    count = 4 if fields.get("depth") == 18 else 3
+    count = 4 if fields["depth"] == 18 else 3
     assert made.stages == tuple(f"stage{k}" for k in range(1, count + 1))
     sides: list[int] = []
     for name in made.stages:
@@ -452,6 +527,9 @@ def test_networks_compile_without_a_graph_break(kind: str) -> None:
         ("resnext", {"depth": 34}, 224, "model.depth=34.*50, 101, 152 or 9n.2"),
         ("resnext", {"depth": 30}, 32, "model.depth=30.*the nearest are 29 and 38"),
         ("resnext", {"depth": 29, "layout": "imagenet"}, 224, "model.depth=29.*four-stage"),
+        ("pyramidnet", {"depth": 110, "layout": "imagenet"}, 224, "18, 34, 50, 101, 152, 200"),
+        ("pyramidnet", {"block": "basic"}, 224, "model.block=basic.*bottleneck"),
+        ("densenet", {"depth": 101}, 32, "model.depth=101.*6n.4; the nearest are 100 and 106"),
         ("wide_resnet", {"depth": 29}, 32, "model.depth=29.*6n.4; the nearest are 28 and 34"),
         ("wide_resnet", {"depth": 4}, 32, "model.depth=4 .*6n.4; the nearest are 10 and 16"),
     ],

@@ -152,6 +152,40 @@ class ReferencePyramidNet(nn.Module):
         return self.linear(x)
 
 
+class ReferencePyramidNet200ImageNet(nn.Module):
+    """PyramidNet-200 for ImageNet (Han et al., arXiv 1610.02915).
+
+    Input [B, 3, H, W], output [B, num_classes]. Stem of a 7x7 convolution of stride 2 to 64
+    channels with BN, ReLU and 3x3 max pooling of stride 2; four stages of 3, 24, 36 and 3
+    bottleneck units, the first unit of stages 2 to 4 with stride 2. The width starts at 64.0 and
+    grows by alpha / 66 before each unit.
+    """
+
+    def __init__(self, alpha: float, num_classes: int) -> None:
+        super().__init__()
+        self.stem_conv = nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        self.stem_bn = nn.BatchNorm2d(64)
+        self.units = nn.ModuleList()
+        width = 64.0
+        channels = 64
+        for number in range(1, 67):
+            width += alpha / 66
+            stride = 2 if number in (4, 28, 64) else 1
+            self.units.append(_PyramidBottleneckUnit(channels, round(width), stride))
+            channels = 4 * round(width)
+        self.final_bn = nn.BatchNorm2d(channels)
+        self.linear = nn.Linear(channels, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map images [B, 3, H, W] to scores [B, num_classes]."""
+        x = torch.relu(self.stem_bn(self.stem_conv(x)))
+        x = functional.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+        for unit in self.units:
+            x = unit(x)
+        x = torch.relu(self.final_bn(x))
+        return self.linear(functional.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
 class _BasicBlock(nn.Module):
     """3x3, BN, ReLU, 3x3, BN, plus the shortcut, then ReLU (ResNet, arXiv 1512.03385)."""
 
