@@ -2,13 +2,12 @@
 
 A row finds its records by the hash of its resolved overrides (`Config.cell`). Records that differ
 in precision or BatchNorm group size never share a cell: each combination is a line of its own.
+`render.py` prints what is put together here.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import math
+import functools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -20,48 +19,77 @@ from cutmix_exp import schema
 from cutmix_exp.config import CONFIG_DIR, Budget, Config, Hardware, compose, from_dict, resolve
 from cutmix_exp.errors import UserError
 from cutmix_exp.reporting.record import Record, read_record
+from cutmix_exp.reporting.statistics import (
+    Comparison,
+    Difference,
+    Summary,
+    compare,
+    holm,
+    paired_difference,
+    summarize,
+)
 from cutmix_exp.schema import option
 
 BUDGETS = ("paper", "medium", "short", "smoke")
-METRICS = ("top1_error_last", "top1_error_best", "top5_error_best")
 ANY_HARDWARE = Hardware(gpus=1, gpu_bf16=True, cpu_bf16=True)
 """Rows are resolved for no machine in particular: what depends on it is not in a cell's hash."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Defaults:
-    """What a table's claims have in common.
-
-    Attributes:
-        selection: `best` epoch on the test set, or `last`.
-        runs: number of runs behind a number; None: not said.
-        source: who published it, where.
-    """
-
-    selection: Literal["best", "last"] = "best"
-    runs: int | None = None
-    source: str = ""
+PublishedRule = Literal["last", "best", "median_last_10"]
+"""How the epoch of a published number was chosen; ours is then chosen in the same way."""
+PUBLISHED_RULES: tuple[PublishedRule, ...] = ("last", "best", "median_last_10")
+PAIRED = ("last", "best")
+"""The selections whose differences to the baseline are tested."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """One published number; what it leaves out is the table's default."""
+    """One published number; what it leaves out is the table's default.
 
-    top1_error: float = option(ge=0, le=100)
+    Attributes:
+        top1_error, top5_error: in percent.
+        others: numbers of tasks that this code does not have, by name.
+        selection: how the epoch was chosen.
+        runs: number of runs behind the number; None: not said.
+        source: who published it, where.
+    """
+
+    top1_error: float | None = option(None, ge=0, le=100)
     top5_error: float | None = option(None, ge=0, le=100)
-    selection: Literal["best", "last"] | None = None
-    runs: int | None = None
+    others: dict[str, float] = field(default_factory=dict)
+    selection: PublishedRule | None = None
+    runs: int | None = option(None, ge=1)
     source: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A line of a table: what train.py is told, and what others have published."""
+    """A line of a table: what train.py is told, and what others have published.
+
+    Attributes:
+        overrides: none: others' number, quoted and not run.
+        published: one number for each selection rule.
+        published_as: `TABLE/LABEL` of the row that holds the numbers of this one.
+        baseline: label of the row that this one is compared with; its own: with none.
+        note: printed below the table.
+    """
 
     label: str
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
     published: tuple[Claim, ...] = ()
+    published_as: str | None = None
+    baseline: str | None = None
     note: str = ""
+
+    def __post_init__(self) -> None:
+        rules = [claim.selection for claim in self.published]
+        if len(set(rules)) < len(rules):
+            raise UserError(f"the row '{self.label}' has two published numbers of one selection")
+        if self.published and self.published_as:
+            raise UserError(f"the row '{self.label}' has both published and published_as")
+
+    def claim(self, rule: PublishedRule) -> Claim | None:
+        found = [c for c in self.published if c.selection == rule and c.top1_error is not None]
+        return found[0] if found else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +100,11 @@ class Table:
         common: overrides of every row.
         budget: what is run and shown where nothing else is asked for.
         seeds: number of seeds, counted from 0.
+        claims: what the published numbers have in common.
+        margin: points within which a published number counts as reproduced.
+        assumed_std: standard deviation over seeds, in points, that is assumed where fewer than two
+            seeds show one. The default is that of five public runs of PyramidNet-200 (0.39 without,
+            0.42 with CutMix; clovaai/CutMix-PyTorch issue 7).
         caveat: printed below the table.
     """
 
@@ -80,12 +113,34 @@ class Table:
     common: tuple[str, ...] = ()
     budget: str = "paper"
     seeds: int = option(3, ge=1)
-    claims: Defaults = field(default_factory=Defaults)
+    claims: Claim = field(default_factory=Claim)
+    margin: float = option(0.5, gt=0)
+    assumed_std: float = option(0.4, gt=0)
     caveat: str = ""
     rows: tuple[Row, ...]
 
+    def __post_init__(self) -> None:
+        labels = [row.label for row in self.rows]
+        if len(set(labels)) < len(labels):
+            raise UserError("two rows have the same label")
+        for row in self.rows:
+            if row.baseline is not None and row.baseline not in labels:
+                raise UserError(f"the baseline '{row.baseline}' of '{row.label}' is no row")
+
     def overrides(self, row: Row) -> list[str]:
         return [*self.common, *row.overrides]
+
+    def row(self, label: str) -> Row:
+        found = [row for row in self.rows if row.label == label]
+        if not found:
+            raise UserError(f"table {self.name} has no row '{label}'")
+        return found[0]
+
+    def baseline_of(self, row: Row) -> str | None:
+        """The label of the row that a row is compared with: the first one with runs, if not named."""
+        first = next((r.label for r in self.rows if r.overrides), None)
+        label = row.baseline or first
+        return None if label == row.label else label
 
 
 def table_names() -> list[str]:
@@ -93,11 +148,35 @@ def table_names() -> list[str]:
 
 
 def load_table(name: str) -> Table:
-    """Raises UserError if there is no such table, or its file is wrong."""
+    """A table with its claims completed.
+
+    Raises:
+        UserError: there is no such table, or its file is wrong.
+    """
     file = CONFIG_DIR / "table" / f"{name}.yaml"
     if name not in table_names():
         raise UserError(f"there is no table '{name}'; tables: {', '.join(table_names())}")
-    return schema.build(Table, {"name": name, **yaml.safe_load(file.read_text())}, f"table {name}")
+    table = schema.build(Table, {"name": name, **yaml.safe_load(file.read_text())}, f"table {name}")
+    return replace(table, rows=tuple(_with_claims(table, row) for row in table.rows))
+
+
+def _with_claims(table: Table, row: Row) -> Row:
+    """The row with its published numbers, each with its selection, runs and source."""
+    if row.published_as is not None:
+        other, _, label = row.published_as.partition("/")
+        published = load_table(other).row(label).published
+        return replace(row, published=published, published_as=None)
+    default = table.claims
+    published = tuple(
+        replace(
+            claim,
+            selection=claim.selection or default.selection or "best",
+            runs=claim.runs or default.runs,
+            source=claim.source or default.source or "",
+        )
+        for claim in row.published
+    )
+    return replace(row, published=published)
 
 
 def load_budget(name: str) -> Budget:
@@ -108,9 +187,26 @@ def load_budget(name: str) -> Budget:
     return schema.build(Budget, yaml.safe_load(text), f"budget {name}")
 
 
+@functools.cache
+def _composed(overrides: tuple[str, ...]) -> Config | UserError:
+    try:
+        config = from_dict(compose(list(overrides)))
+        resolve(replace(config, device="auto"), ANY_HARDWARE)
+    except UserError as error:
+        return error
+    return config
+
+
+def row_config(table: Table, row: Row) -> Config | UserError | None:
+    """The unresolved config of a row; the error that says what of it is not available yet;
+    None for a row that is quoted only."""
+    return _composed(tuple(table.overrides(row))) if row.overrides else None
+
+
 def row_configs(table: Table) -> list[Config]:
-    """The unresolved config of each row."""
-    return [from_dict(compose(table.overrides(row))) for row in table.rows]
+    """The unresolved configs of the rows that are available."""
+    configs = [row_config(table, row) for row in table.rows]
+    return [config for config in configs if isinstance(config, Config)]
 
 
 def load_records(folder: Path) -> list[Record]:
@@ -119,19 +215,51 @@ def load_records(folder: Path) -> list[Record]:
     return [r for r in records if r["status"] == "complete"]
 
 
+def top1_error(record: Record, selection: str) -> float | None:
+    """A run's test error by `last`, `best`, `val_selected`, `median_last_10` (of the last ten
+    epochs) or `gap` (last minus best); None where the run does not have it."""
+    metrics = record["metrics"]
+    if selection == "gap":
+        return float(metrics["test/top1_error_last"] - metrics["test/top1_error_best"])
+    if selection == "median_last_10":
+        curve = record["history"].get("test/top1_error", [])
+        whole = len(curve) == record["config"]["schedule"]["epochs"]
+        return float(np.median(curve[-10:])) if whole and len(curve) >= 10 else None
+    value = metrics.get(f"test/top1_error_{selection}")
+    return None if value is None else float(value)
+
+
+def top5_error(record: Record, selection: str) -> float | None:
+    value = record["metrics"].get(f"test/top5_error_{selection}")
+    return None if value is None else float(value)
+
+
 @dataclass(frozen=True)
 class Line:
     """One line of a rendered table: a row, and its records of one protocol (or none)."""
 
     row: Row
-    config: Config
+    config: Config | None
     records: list[Record]
 
-    def values(self, metric: str) -> list[float]:
-        return [r["metrics"][f"test/{metric}"] for r in self.records]
+    @property
+    def state(self) -> str:
+        """What stands in a line without records."""
+        if not self.row.overrides:
+            return "quoted"
+        return "not run" if self.config else "not available yet"
 
-    def cell(self, metric: str) -> str:
-        return mean_and_spread(self.values(metric))
+    def by_seed(self, selection: str) -> dict[int, float]:
+        """Top-1 errors by seed."""
+        found = {r["seed"]: top1_error(r, selection) for r in self.records}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def top1(self, selection: str) -> list[float]:
+        return list(self.by_seed(selection).values())
+
+    def top5(self, selection: str) -> list[float]:
+        found = [top5_error(r, selection) for r in self.records]
+        return [value for value in found if value is not None]
 
     def protocol(self, name: str) -> str:
         return str(self.records[0]["protocol"][name]) if self.records else ""
@@ -140,30 +268,22 @@ class Line:
     def seeds(self) -> str:
         return " ".join(str(r["seed"]) for r in self.records)
 
-
-def mean_and_spread(values: list[float]) -> str:
-    """`mean ± standard deviation (n)` in percent; `not run` without values."""
-    if not values:
-        return "not run"
-    mean = f"{np.mean(values):.2f}"
-    return f"{mean} (n=1)" if len(values) == 1 else f"{mean} ± {std(values):.2f} (n={len(values)})"
+    @property
+    def own_group(self) -> int | None:
+        """The BatchNorm group size, where the row's overrides set it."""
+        return self.config.trainer.bn_group_size if self.config else None
 
 
-def std(values: list[float]) -> float:
-    """The sample standard deviation (n-1)."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-
-
-def lines_of(table: Table, configs: list[Config], records: list[Record]) -> list[Line]:
+def lines_of(table: Table, configs: list[Config | None], records: list[Record]) -> list[Line]:
     """The lines of a table: for each row and protocol its records, ordered by seed."""
     lines = []
     for row, config in zip(table.rows, configs, strict=True):
-        cell = config.cell()
-        groups: dict[tuple[str, int], list[Record]] = {}
-        for record in sorted(records, key=lambda r: (r["seed"], r["run_id"])):
-            if record["cell"] == cell:
+        groups: dict[tuple[str, int, str], list[Record]] = {}
+        for record in sorted(records, key=lambda r: (r["seed"], r["run_id"])) if config else []:
+            if _is_of(record, config):
                 protocol = record["protocol"]
-                key = (protocol["precision"], protocol["bn_group_size"])
+                experiment = record["run_id"].rpartition("-s")[0]
+                key = (protocol["precision"], protocol["bn_group_size"], experiment)
                 groups.setdefault(key, []).append(record)
         lines += [Line(row, config, groups[key]) for key in sorted(groups)] or [
             Line(row, config, [])
@@ -171,125 +291,132 @@ def lines_of(table: Table, configs: list[Config], records: list[Record]) -> list
     return lines
 
 
-def sections(table: Table, records: list[Record]) -> list[tuple[str, list[Line]]]:
-    """The table at its own budget, and at every other that has records."""
-    unresolved = row_configs(table)
-    seen: set[tuple[str, ...]] = set()
-    out = []
+def _is_of(record: Record, config: Config | None) -> bool:
+    if config is None or record["cell"] != config.cell():
+        return False
+    group = config.trainer.bn_group_size
+    return group is None or record["protocol"]["bn_group_size"] == group
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table at one budget."""
+
+    table: Table
+    budget: str
+    lines: list[Line]
+
+    @property
+    def has_records(self) -> bool:
+        return any(line.records for line in self.lines)
+
+
+def sections(table: Table, records: list[Record]) -> list[Section]:
+    """The table at its own budget, and at every other that has records.
+
+    A row that fixes its own epochs is the same at every budget and stands in the first section,
+    and so do rows without runs.
+    """
+    unresolved = [row_config(table, row) for row in table.rows]
+    seen: set[tuple[str, int | None]] = set()
+    out: list[Section] = []
     for budget in sorted(BUDGETS, key=lambda b: (b != table.budget, BUDGETS.index(b))):
-        configs = [
-            resolve(replace(c, budget=load_budget(budget), device="auto"), ANY_HARDWARE)
-            for c in unresolved
-        ]
-        cells = tuple(c.cell() for c in configs)
-        if cells in seen:  # every row fixes its own epochs
-            continue
-        seen.add(cells)
-        lines = lines_of(table, configs, records)
-        if budget == table.budget or any(line.records for line in lines):
-            out.append((budget, lines))
+        rows, configs = [], []
+        for row, config in zip(table.rows, unresolved, strict=True):
+            resolved = None
+            if isinstance(config, Config):
+                asked = replace(config, budget=load_budget(budget), device="auto")
+                resolved = resolve(asked, ANY_HARDWARE)
+                key = (resolved.cell(), resolved.trainer.bn_group_size)
+                if key in seen:
+                    continue
+                seen.add(key)
+            elif out:
+                continue
+            rows.append(row)
+            configs.append(resolved)
+        section = Section(
+            table, budget, lines_of(replace(table, rows=tuple(rows)), configs, records)
+        )
+        if budget == table.budget or section.has_records:
+            out.append(section)
     return out
 
 
-def render(table: Table, records: list[Record]) -> tuple[str, str]:
-    """Markdown and CSV of a table."""
-    origin = f"Generated from records; the rows are those of configs/table/{table.name}.yaml."
-    parts = [f"# {table.title}\n", f"{origin}\n"]
-    rows: list[dict[str, object]] = []
-    for budget, lines in sections(table, records):
-        parts.append(f"## Budget: {budget}\n")
-        parts.append(_markdown(table, lines))
-        parts += [f"* {text}" for text in _caveats(table, lines)]
-        parts.append("")
-        rows += [_csv_row(table, budget, line) for line in lines]
-    if table.caveat:
-        parts.append(f"{table.caveat}\n")
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return "\n".join(parts), out.getvalue()
+@dataclass(frozen=True)
+class Result:
+    """What is said about a line.
+
+    Attributes:
+        top1, top5: summaries by selection.
+        baseline: label of the row it is compared with; None where there is no such line.
+        differences: to the baseline, by selection.
+        p_holm: p-values of those, corrected over the section.
+        comparisons: with the published numbers, by selection.
+    """
+
+    line: Line
+    top1: dict[str, Summary]
+    top5: dict[str, Summary]
+    baseline: str | None
+    differences: dict[str, Difference]
+    p_holm: dict[str, float]
+    comparisons: dict[PublishedRule, Comparison]
 
 
-HEAD = (
-    "Method",
-    "epochs",
-    "published top-1 / top-5",
-    "top-1, last epoch",
-    "top-1, best epoch",
-    "top-5, best epoch",
-    "seeds",
-    "precision",
-    "BN group",
-)
+TOP1 = ("last", "val_selected", "best", "gap", "median_last_10")
+TOP5 = ("last", "val_selected", "best")
 
 
-def _markdown(table: Table, lines: list[Line]) -> str:
-    out = ["| " + " | ".join(HEAD) + " |", "| --- " + "| --- " * (len(HEAD) - 1) + "|"]
-    for line in lines:
-        cells = [
-            line.row.label,
-            str(line.config.epochs),
-            _claims(table, line.row),
-            *(line.cell(m) for m in METRICS),
-            line.seeds,
-            line.protocol("precision"),
-            line.protocol("bn_group_size"),
+def results(section: Section) -> list[Result]:
+    """The statistics of every line of a section."""
+    baselines = [_baseline_line(section, line) for line in section.lines]
+    differences: dict[str, list[Difference]] = {
+        s: [
+            paired_difference(line.by_seed(s), other.by_seed(s)) if other else Difference(0)
+            for line, other in zip(section.lines, baselines, strict=True)
         ]
-        out.append("| " + " | ".join(cells) + " |")
-    return "\n".join(out) + "\n"
-
-
-def _claims(table: Table, row: Row) -> str:
-    texts = []
-    for claim in row.published:
-        numbers = [f"{claim.top1_error:.2f}"]
-        if claim.top5_error is not None:
-            numbers.append(f"{claim.top5_error:.2f}")
-        texts.append(f"{' / '.join(numbers)} ({claim.selection or table.claims.selection})")
-    return ", ".join(texts)
-
-
-def _caveats(table: Table, lines: list[Line]) -> list[str]:
-    found = [r for line in lines for r in line.records]
-    configs = [line.config for line in lines]
-    recipes = sorted({f"batch {c.schedule.batch_size}, lr {c.schedule.lr:g}" for c in configs})
-    texts = [
-        "Errors in %, mean ± standard deviation over seeds. The best epoch is chosen on the test set: "
-        "the paper's rule, which flatters, and not all methods equally.",
-        f"Data set: {', '.join(sorted({c.dataset.name for c in configs}))}. "
-        f"Recipe: {'; '.join(recipes)}.",
-    ]
-    if found:
-        devices = {f"{r['cost']['device']} x {r['cost']['world_size']}" for r in found}
-        texts.append(f"Hardware: {', '.join(sorted(devices))}.")
-    claims = {_source(table, c) for line in lines for c in line.row.published}
-    if claims:
-        texts.append(f"Published: {'; '.join(sorted(claims))}.")
-    return texts + [f"{row.label}: {row.note}." for row in table.rows if row.note]
-
-
-def _source(table: Table, claim: Claim) -> str:
-    runs = claim.runs or table.claims.runs
-    return (claim.source or table.claims.source) + (f" (mean of {runs} runs)" if runs else "")
-
-
-def _csv_row(table: Table, budget: str, line: Line) -> dict[str, object]:
-    claim = line.row.published[0] if line.row.published else None
-    out: dict[str, object] = {
-        "table": table.name,
-        "budget": budget,
-        "row": line.row.label,
-        "epochs": line.config.epochs,
-        "published_top1_error": claim.top1_error if claim else "",
-        "published_top5_error": claim.top5_error if claim else "",
-        "n": len(line.records),
-        "seeds": line.seeds,
-        "precision": line.protocol("precision"),
-        "bn_group_size": line.protocol("bn_group_size"),
+        for s in PAIRED
     }
-    for metric in METRICS:
-        values = line.values(metric)
-        out[f"{metric}_mean"] = f"{np.mean(values):.4f}" if values else "not run"
-        out[f"{metric}_std"] = f"{std(values):.4f}" if len(values) > 1 else ""
+    corrected = {s: holm([d.p for d in differences[s]]) for s in PAIRED}
+    return [
+        Result(
+            line=line,
+            top1={s: summarize(line.top1(s)) for s in TOP1},
+            top5={s: summarize(line.top5(s)) for s in TOP5},
+            baseline=other.row.label if other else None,
+            differences={s: differences[s][i] for s in PAIRED},
+            p_holm={s: corrected[s][i] for s in PAIRED},
+            comparisons=_comparisons(section, line),
+        )
+        for i, (line, other) in enumerate(zip(section.lines, baselines, strict=True))
+    ]
+
+
+def _baseline_line(section: Section, line: Line) -> Line | None:
+    """The records that a line is compared with: its baseline row's, of the same protocol.
+
+    Where both rows set the BatchNorm group size themselves, it is what the table studies.
+    """
+    label = section.table.baseline_of(line.row)
+    for other in section.lines:
+        if other.row.label != label or not other.records or not line.records:
+            continue
+        chosen = line.own_group is not None and other.own_group is not None
+        names = ("precision",) if chosen else ("precision", "bn_group_size")
+        if all(line.protocol(n) == other.protocol(n) for n in names):
+            return other
+    return None
+
+
+def _comparisons(section: Section, line: Line) -> dict[PublishedRule, Comparison]:
+    """Published numbers are of the whole recipe, so they are compared with nothing else."""
+    out: dict[PublishedRule, Comparison] = {}
+    for rule in PUBLISHED_RULES if section.budget == "paper" else ():
+        claim = line.row.claim(rule)
+        if claim is not None and claim.top1_error is not None:
+            table = section.table
+            found = compare(line.top1(rule), claim.top1_error, table.margin, table.assumed_std)
+            if found is not None:
+                out[rule] = found
     return out

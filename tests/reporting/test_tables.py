@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from scipy import stats
 
-from cutmix_exp.config import Hardware, compose, from_dict, resolve
+from cutmix_exp.config import CONFIG_DIR, Hardware, compose, from_dict, resolve
 from cutmix_exp.errors import UserError
 from cutmix_exp.reporting.record import (
     history_of,
@@ -17,13 +23,16 @@ from cutmix_exp.reporting.record import (
     portable,
     read_record,
 )
+from cutmix_exp.reporting.render import render
 from cutmix_exp.reporting.tables import (
+    Claim,
+    Row,
     load_records,
     load_table,
-    mean_and_spread,
-    render,
+    row_config,
     row_configs,
     table_names,
+    top1_error,
 )
 from tests.helpers import ROOT
 
@@ -80,35 +89,116 @@ def record(overrides: list[str], seed: int, error: float, **changes: Any) -> dic
 
 
 CUTMIX = ["dataset=cifar100", "model=pyramidnet", "aug=cutmix"]
+BASELINE = ["dataset=cifar100", "model=pyramidnet", "aug=baseline"]
+TABLE5 = load_table("cifar100_pyramidnet200")
+
+Cells = dict[str, str]
 
 
-def row_of(markdown: str, label: str) -> list[list[str]]:
-    rows = [
-        [c.strip() for c in line.split("|")[1:-1]] for line in markdown.splitlines() if "|" in line
-    ]
-    return [r for r in rows if r[0] == label]
+def parsed(markdown: str) -> list[list[Cells]]:
+    """The tables of a Markdown text: for each its lines, by the names of their columns."""
+    tables: list[list[Cells]] = []
+    head: list[str] = []
+    for line in markdown.splitlines():
+        cells = [c.strip() for c in line.split("|")[1:-1]]
+        if not cells:
+            head = []
+        elif not head:
+            head = cells
+            tables.append([])
+        elif cells[0] != "---":
+            tables[-1].append(dict(zip(head, cells, strict=True)))
+    return tables
 
 
-def test_mean_and_spread_by_hand() -> None:
-    assert mean_and_spread([]) == "not run"
-    assert mean_and_spread([14.5]) == "14.50 (n=1)"
-    assert mean_and_spread([14.0, 15.0, 16.0]) == "15.00 ± 1.00 (n=3)"
+def lines_of_row(table: list[Cells], label: str) -> list[Cells]:
+    return [line for line in table if line["Method"] == label]
+
+
+def csv_rows(text: str, label: str) -> list[Cells]:
+    return [row for row in csv.DictReader(io.StringIO(text)) if row["row"] == label]
 
 
 def test_a_cell_holds_the_seeds_of_its_row() -> None:
     records = [record(CUTMIX, seed, error) for seed, error in ((2, 16.0), (0, 14.0), (1, 15.0))]
-    markdown, table_csv = render(load_table("cifar100_pyramidnet200"), records)
-    (cutmix,) = row_of(markdown, "CutMix")
-    assert cutmix[3:7] == ["15.00 ± 1.00 (n=3)", "14.50 ± 1.00 (n=3)", "1.00 ± 0.00 (n=3)", "0 1 2"]
-    assert cutmix[7:] == ["bf16", "64"]
-    (baseline,) = row_of(markdown, "Baseline")
-    assert baseline[3:7] == ["not run"] * 3 + [""]
-    assert "14.47 / 2.97 (best), 15.07 (last)" in cutmix[2]
+    markdown, table_csv = render(TABLE5, records)
+    table, details = parsed(markdown)
+    (cutmix,) = lines_of_row(table, "CutMix")
+    assert cutmix == {
+        "Method": "CutMix",
+        "epochs": "300",
+        "published": "14.47 / 2.97 (best), 15.07 (last)",
+        "last": "15.00 ± 1.00",
+        "val-selected": "",
+        "best": "14.50 ± 1.00",
+        "last - best": "0.50 ± 0.00",
+        "top-5, best": "1.00 ± 0.00",
+        "seeds": "0 1 2 (n=3)",
+        "protocol": "bf16, BN 64",
+    }
+    (baseline,) = lines_of_row(table, "Baseline")
+    assert baseline["last"] == "not run" and baseline["best"] == baseline["seeds"] == ""
     assert "first author, clovaai/CutMix-PyTorch issue 7 (mean of 3 runs)" in markdown
-    assert (
-        "cifar100_pyramidnet200,paper,CutMix,300,14.47,2.97,3,0 1 2,bf16,64,15.0000,1.0000"
-        in table_csv
-    )
+    assert [line["Method"] for line in details] == ["CutMix"]
+    (row,) = csv_rows(table_csv, "CutMix")
+    assert (row["n"], row["seeds"]) == ("3", "0 1 2")
+    assert row["top1_error_last_values"] == "14.0000 15.0000 16.0000"
+    assert (row["top1_error_last_mean"], row["top1_error_last_std"]) == ("15.0000", "1.0000")
+    assert row["published_best_top1_error"] == "14.47" and row["published_best_runs"] == "3"
+
+
+def test_a_published_number_is_compared_with_ours_of_the_same_selection() -> None:
+    """Ours: best 14.47 on average, last 14.97; published: best 14.47, last 15.07."""
+    records = [record(CUTMIX, seed, 14.97 + d) for seed, d in enumerate((-0.1, 0.0, 0.1))]
+    markdown, table_csv = render(TABLE5, records)
+    _, details = parsed(markdown)
+    assert details[0]["against published"] == "last -0.10: reproduced; best +0.00: reproduced"
+    (row,) = csv_rows(table_csv, "CutMix")
+    for rule, difference in (("last", -0.1), ("best", 0.0)):
+        assert float(row[f"published_{rule}_difference"]) == pytest.approx(difference, abs=1e-4)
+        assert row[f"published_{rule}_verdict"] == "reproduced"
+    assert "0.5 points" in markdown and "taken as a constant" in markdown
+
+
+def test_one_seed_gives_no_interval_and_says_how_many_would_do() -> None:
+    markdown, _ = render(TABLE5, [record(CUTMIX, 0, 15.07)])
+    _, details = parsed(markdown)
+    assert details[0]["last, interval"] == details[0]["p (Holm)"] == ""
+    assert "last +0.00: too few seeds, 8 needed" in details[0]["against published"]
+    assert "0.4 points are assumed" in markdown
+
+
+def test_differences_are_paired_by_seed_and_corrected() -> None:
+    cutout = ["dataset=cifar100", "model=pyramidnet", "aug=cutout"]
+    base, ours, other = (16.0, 17.0, 18.0), (14.0, 15.5, 15.0), (16.1, 17.0, 17.9)
+    records = [record(BASELINE, s, e) for s, e in enumerate(base)]
+    records += [record(CUTMIX, s, e) for s, e in enumerate(ours)]
+    records += [record(CUTMIX, 9, 99.0)]  # the baseline has no seed 9
+    records += [record(cutout, s, e) for s, e in enumerate(other)]
+    markdown, table_csv = render(TABLE5, records)
+    _, details = parsed(markdown)
+    p = [stats.ttest_rel(ours, base).pvalue, stats.ttest_rel(other, base).pvalue]
+    assert p[0] < p[1]
+    (cutmix,), (cutout_row,) = (csv_rows(table_csv, name) for name in ("CutMix", "Cutout"))
+    assert float(cutmix["difference_last_p"]) == pytest.approx(p[0], abs=1e-6)
+    assert float(cutmix["difference_last_p_holm"]) == pytest.approx(2 * p[0], abs=1e-6)
+    assert float(cutout_row["difference_last_p_holm"]) == pytest.approx(p[1], abs=1e-6)
+    (line,) = lines_of_row(details, "CutMix")
+    assert line["last - baseline's"] == "-2.17 (n=3)"
+    (line,) = lines_of_row(details, "Baseline")
+    assert line["last - baseline's"] == ""
+
+
+def test_a_row_can_have_another_baseline() -> None:
+    light = ["dataset=cifar100", "model=pyramidnet", "model.depth=110", "model.alpha=64"]
+    records = [record([*light, "aug=baseline"], 0, 20.0)]
+    records += [record(["experiment=resnet110_baseline"], 0, 23.0)]
+    records += [record(["experiment=resnet110_cutmix"], 0, 22.0)]
+    _, table_csv = render(load_table("cifar100_light"), records)
+    (row,) = csv_rows(table_csv, "ResNet-110 + CutMix")
+    assert (row["baseline"], row["difference_last_mean"]) == ("ResNet-110", "-1.0000")
+    (row,) = csv_rows(table_csv, "ResNet-110")
+    assert (row["baseline"], row["difference_last_n"]) == ("", "0")
 
 
 def test_precision_and_batchnorm_groups_are_never_mixed_in_a_cell() -> None:
@@ -116,24 +206,74 @@ def test_precision_and_batchnorm_groups_are_never_mixed_in_a_cell() -> None:
         record(CUTMIX, 0, 14.0),
         record(CUTMIX, 1, 15.0, precision="fp32"),
         record(CUTMIX, 2, 16.0, more=["trainer.bn_group_size=32"]),
+        *(record(BASELINE, seed, 17.0) for seed in (0, 1, 2)),
     ]
-    markdown, _ = render(load_table("cifar100_pyramidnet200"), records)
-    found = [(r[3], r[7], r[8]) for r in row_of(markdown, "CutMix")]
-    assert found == [
-        ("16.00 (n=1)", "bf16", "32"),
-        ("14.00 (n=1)", "bf16", "64"),
-        ("15.00 (n=1)", "fp32", "64"),
-    ]
+    markdown, _ = render(TABLE5, records)
+    table, details = parsed(markdown)
+    found = [(r["last"], r["protocol"]) for r in lines_of_row(table, "CutMix")]
+    assert found == [("16.00", "bf16, BN 32"), ("14.00", "bf16, BN 64"), ("15.00", "fp32, BN 64")]
+    differences = [r["last - baseline's"] for r in lines_of_row(details, "CutMix")]
+    assert differences == ["", "-3.00 (n=1)", ""]  # only runs of one protocol are paired
 
 
-def test_budgets_are_never_mixed() -> None:
+def test_a_row_that_sets_the_batchnorm_group_has_its_own_runs() -> None:
+    records = [record(CUTMIX, 0, 14.0), record(CUTMIX, 0, 15.0, more=["trainer.bn_group_size=32"])]
+    markdown, table_csv = render(load_table("ablation_protocol"), records)
+    table, _ = parsed(markdown)
+    for label, error, group in (("CutMix", "14.00", 64), ("BatchNorm groups of 32", "15.00", 32)):
+        (line,) = lines_of_row(table, label)
+        assert (line["last"], line["protocol"]) == (error, f"bf16, BN {group}")
+    (row,) = csv_rows(table_csv, "BatchNorm groups of 32")
+    assert (row["baseline"], row["difference_last_mean"]) == ("CutMix", "1.0000")
+
+
+def test_budgets_are_never_mixed_and_only_whole_recipes_are_judged() -> None:
     records = [record(CUTMIX, 0, 14.0), record([*CUTMIX, "budget=short"], 0, 40.0)]
-    markdown, _ = render(load_table("cifar100_pyramidnet200"), records)
+    markdown, table_csv = render(TABLE5, records)
     paper, short = markdown.split("## Budget: ")[1:]
     assert paper.startswith("paper") and short.startswith("short")
-    assert row_of(paper, "CutMix")[0][3] == "14.00 (n=1)"
-    assert row_of(short, "CutMix")[0][3] == "40.00 (n=1)"
-    assert row_of(short, "CutMix")[0][1] == "30"
+    assert lines_of_row(parsed(paper)[0], "CutMix")[0]["last"] == "14.00"
+    (line,) = lines_of_row(parsed(short)[0], "CutMix")
+    assert (line["last"], line["epochs"]) == ("40.00", "30")
+    assert [bool(r["published_best_verdict"]) for r in csv_rows(table_csv, "CutMix")] == [
+        True,
+        False,
+    ]
+
+
+def test_rows_of_fixed_length_are_shown_once() -> None:
+    fixed = ["dataset=cifar10_jpeg", "model=resnet", "model.depth=20", "aug=baseline"]
+    fixed += ["schedule.batch_size=128", "schedule.lr=0.1", "schedule.epochs=15"]
+    markdown, _ = render(load_table("cifar10_jpeg_resnet20"), [record(fixed, 0, 20.0)])
+    assert markdown.count("## Budget") == 1 and markdown.count("20.00") == 1
+
+
+def test_selections_stand_side_by_side() -> None:
+    made = record(CUTMIX, 0, 15.0)
+    other = record(CUTMIX, 1, 16.0)
+    made["metrics"]["test/top1_error_val_selected"] = 14.8
+    table, _ = parsed(render(TABLE5, [made, other])[0])
+    (line,) = lines_of_row(table, "CutMix")
+    assert [line[c] for c in ("last", "val-selected", "best", "last - best")] == [
+        "15.50 ± 0.71",
+        "14.80 (n=1)",  # of one of the two
+        "15.00 ± 0.71",
+        "0.50 ± 0.00",
+    ]
+
+
+def test_the_median_of_the_last_ten_epochs() -> None:
+    made = record(CUTMIX, 0, 15.0)
+    made["config"]["schedule"]["epochs"] = 12
+    made["history"] = {"test/top1_error": [90.0, 80.0, *(float(e) for e in range(10))]}
+    assert top1_error(made, "median_last_10") == 4.5
+    made["config"]["schedule"]["epochs"] = 13  # the curve is not whole
+    assert top1_error(made, "median_last_10") is None
+    made["config"]["schedule"]["epochs"] = 3
+    made["history"] = {"test/top1_error": [3.0, 2.0, 1.0]}
+    assert top1_error(made, "median_last_10") is None
+    rules = {c.selection for r in load_table("openmixup_cifar100").rows for c in r.published}
+    assert rules == {"median_last_10"}
 
 
 def test_other_runs_and_unfinished_ones_stay_out(tmp_path: Path) -> None:
@@ -141,17 +281,118 @@ def test_other_runs_and_unfinished_ones_stay_out(tmp_path: Path) -> None:
     running = {**record(CUTMIX, 1, 2.0), "status": "running"}
     for made in (stray, running):
         (tmp_path / f"{made['run_id']}.json").write_text(json.dumps(made))
-    markdown, _ = render(load_table("cifar100_pyramidnet200"), load_records(tmp_path))
-    assert row_of(markdown, "CutMix")[0][3] == "not run"
+    (table,) = parsed(render(TABLE5, load_records(tmp_path))[0])
+    assert lines_of_row(table, "CutMix")[0]["last"] == "not run"
 
 
 def test_rows_of_a_table_are_different_runs() -> None:
     for name in table_names():
-        cells = [
-            resolve(c, Hardware(gpus=1, gpu_bf16=True)).cell()
-            for c in row_configs(load_table(name))
+        resolved = [
+            resolve(c, Hardware(gpus=1, gpu_bf16=True)) for c in row_configs(load_table(name))
         ]
-        assert len(set(cells)) == len(cells), name
+        cells = {(c.cell(), c.trainer.bn_group_size) for c in resolved}
+        assert len(cells) == len(resolved), name
+
+
+def test_a_row_whose_part_is_missing_leaves_the_others_alone() -> None:
+    table = replace(
+        TABLE5,
+        rows=(
+            Row(label="Baseline", overrides=("aug=baseline",)),
+            Row(label="Later", overrides=("aug=not_there_yet",), published=(claim(15.0),)),
+            Row(label="Elsewhere", published=(claim(14.0),)),
+        ),
+    )
+    markdown, table_csv = render(table, [record(BASELINE, 0, 16.0)])
+    lines = parsed(markdown)[0]
+    assert [line["last"] for line in lines] == ["16.00", "not available yet", "quoted"]
+    assert "Not available yet: a part" in markdown
+    assert [csv_rows(table_csv, n)[0]["state"] for n in ("Baseline", "Later")] == [
+        "run",
+        "not available yet",
+    ]
+    assert [len(row_configs(table)), table.baseline_of(table.rows[2])] == [1, "Baseline"]
+
+
+def claim(error: float) -> Claim:
+    return Claim(top1_error=error, selection="best", source="somebody")
+
+
+COMING = re.compile(
+    "aug/(stochastic_depth|dropblock|manifold_mixup|shakedrop|feature_cutmix|cutmix_center_gaussian|"
+    "cutmix_fixed_size|cutmix_one_hot|cutmix_scheduled|cutmix_complete_label|cutmix_or_mixup|"
+    "random_erasing|hide_and_seek|ricap|gridmask|resizemix|fmix|saliencymix|between_class)'|"
+    "dataset/(imagenet|tiny_imagenet)'|dataset.(crop|padding_mode)'|schedule/openmixup_(cifar|tiny_imagenet)'|"
+    "aug.mix.(partner='dataset'|box_law='inside'|max_aspect'|layers')"
+)
+
+
+@pytest.mark.parametrize("name", table_names())
+def test_what_is_not_available_is_what_is_known_to_be_missing(name: str) -> None:
+    """Not a slip of the pen in the table, nor a part that has stopped working."""
+    table = load_table(name)
+    for row in table.rows:
+        found = row_config(table, row)
+        if isinstance(found, UserError):
+            assert COMING.search(str(found).splitlines()[0]), f"{row.label}: {found}"
+
+
+def test_each_published_number_is_written_once() -> None:
+    """Rows that share a number name the row that has it."""
+    seen: dict[tuple[Any, ...], str] = {}
+    for name in table_names():
+        text = yaml.safe_load((CONFIG_DIR / "table" / f"{name}.yaml").read_text())
+        common = text.get("common", [])
+        for row in text["rows"]:
+            if row.get("published") and row.get("overrides"):
+                key = tuple(sorted([*common, *row["overrides"]]))
+                assert key not in seen, f"{name} and {seen[key]}: {row['label']}"
+                seen[key] = name
+    variants = load_table("cutmix_variants").row("CutMix")
+    assert [c.top1_error for c in variants.published] == [14.47, 15.07]
+    assert variants.published[0].source == "paper Table 5" and variants.published[0].runs == 3
+
+
+PAPER_ROWS = {
+    "imagenet_resnet50": 13,
+    "imagenet_deeper": 6,
+    "cifar100_pyramidnet200": 15,
+    "cifar100_light": 4,
+    "cifar10_pyramidnet200": 5,
+    "cutmix_variants": 7,
+    "alpha_ablation": 7,
+    "layer_ablation": 6,
+    "transfer": 4,
+}
+
+
+def test_every_row_of_the_paper_is_there() -> None:
+    assert {n: len(load_table(n).rows) for n in PAPER_ROWS} == PAPER_ROWS
+    for name in ("imagenet_resnet50", "cifar100_pyramidnet200", "cutmix_variants"):
+        assert all(row.claim("best") for row in load_table(name).rows)
+    sums = {"cifar100_pyramidnet200": (233.53, 51.89), "imagenet_resnet50": (286.59, 79.07)}
+    for name, (top1, top5) in sums.items():  # of the paper's columns
+        claims = [row.published[0] for row in load_table(name).rows]
+        assert sum(c.top1_error or 0 for c in claims) == pytest.approx(top1)
+        assert sum(c.top5_error or 0 for c in claims) == pytest.approx(top5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": (Row(label="A"), Row(label="A"))}, "same label"),
+        ({"rows": (Row(label="A", baseline="B"),)}, "'B' of 'A' is no row"),
+    ],
+)
+def test_slips_in_a_table_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        replace(TABLE5, **changes)
+    with pytest.raises(UserError, match="two published numbers"):
+        Row(label="A", published=(claim(1.0), claim(2.0)))
+    with pytest.raises(UserError, match="both published and published_as"):
+        Row(label="A", published=(claim(1.0),), published_as="t/A")
+    with pytest.raises(UserError, match="no row 'Z'"):
+        TABLE5.row("Z")
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "no json", '{"schema_version": 99}'])

@@ -1,0 +1,78 @@
+"""What a run will cost: from the speed of runs that are done, else from arithmetic."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from cutmix_exp import schema
+from cutmix_exp.config import Config, from_dict
+from cutmix_exp.models.base import Model
+from cutmix_exp.reporting.record import Record, forward_flops
+
+TRAIN_IMAGES = {
+    "cifar10": 50_000,
+    "cifar100": 50_000,
+    "cifar10_jpeg": 50_000,
+    "tiny_imagenet": 100_000,
+    "imagenet": 1_281_167,
+    "digits": 1_437,
+}
+"""Training images by data set; a cost is unknown where there is no number."""
+BACKWARD = 2.0
+"""The backward pass takes about twice the forward pass's arithmetic."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Device-hours of a run's training (without scoring the test set), and where they are from."""
+
+    hours: float | None
+    basis: str
+
+    def __str__(self) -> str:
+        return "cost unknown" if self.hours is None else f"about {self.hours:.3g} h, {self.basis}"
+
+
+def estimate(config: Config, records: list[Record], tflops: float) -> Cost:
+    """The cost of a resolved config.
+
+    Args:
+        records: the speeds of those of the same data set, image size and model are used: the
+            highest per device, which is named.
+        tflops: where there are none, 10^12 operations per second that a device is assumed to
+            sustain.
+    """
+    images = TRAIN_IMAGES.get(config.dataset.name)
+    if images is None:
+        return Cost(None, "the number of training images is unknown")
+    seen = (images - config.dataset.val_size) * config.epochs
+    measured = [r for r in records if r["cost"].get("images_per_second") and _alike(r, config)]
+    if measured:
+        best = max(measured, key=_speed)
+        basis = f"as measured on {best['cost']['device']} in {best['protocol']['precision']}"
+        return Cost(seen / _speed(best) / 3600, basis)
+    flops = _flops(config.model, config.dataset.num_classes, config.dataset.image_size)
+    hours = seen * (1 + BACKWARD) * flops / (tflops * 1e12) / 3600
+    return Cost(hours, f"assuming {tflops:g} sustained TFLOP/s (tflops=N)")
+
+
+def _speed(record: Record) -> float:
+    """Training images per second and device."""
+    return float(record["cost"]["images_per_second"] / record["cost"]["world_size"])
+
+
+def _alike(record: Record, config: Config) -> bool:
+    if record["dataset"] != config.dataset.name or record["model"] != config.model.name:
+        return False
+    other = from_dict(record["config"])
+    same_size = other.dataset.image_size == config.dataset.image_size
+    return same_size and schema.identity_of(other.model) == schema.identity_of(config.model)
+
+
+@functools.cache
+def _flops(model: Model, num_classes: int, image_size: int) -> int:
+    with torch.device("meta"):
+        return forward_flops(model.build(num_classes), image_size)

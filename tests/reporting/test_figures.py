@@ -1,0 +1,88 @@
+"""Figures: drawn where there are records, and nowhere else; the axes hold the records' numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib import pyplot
+
+from cutmix_exp.config import Config
+from cutmix_exp.reporting.figures import FIGURES, draw, draw_curves, draw_values
+from cutmix_exp.reporting.tables import load_table, row_config, sections, table_names
+from scripts.make_tables import write_figure
+from tests.reporting.test_tables import BASELINE, CUTMIX, record
+
+matplotlib.use("Agg")
+BY_NAME = {figure.name: figure for figure in FIGURES}
+
+
+def with_curve(overrides: list[str], seed: int, last: float) -> dict[str, Any]:
+    """A record of 300 epochs that ends at an error."""
+    made = record(overrides, seed, last)
+    made["history"] = {"test/top1_error": list(np.linspace(90.0, last, 300))}
+    return made
+
+
+@pytest.fixture
+def axes() -> Any:
+    drawing, made = pyplot.subplots()
+    yield made
+    pyplot.close(drawing)
+
+
+def test_curves_are_the_mean_of_the_seeds(axes: Any) -> None:
+    records = [with_curve(CUTMIX, 0, 14.0), with_curve(CUTMIX, 1, 16.0)]
+    records += [with_curve(BASELINE, 0, 17.0)]
+    cutoff = with_curve(BASELINE, 1, 99.0)  # a curve that is not whole is left out
+    cutoff["history"]["test/top1_error"].pop()
+    (section,) = sections(load_table("cifar100_pyramidnet200"), [*records, cutoff])
+    draw_curves(axes, section, ("Baseline", "CutMix"))
+    curves = {line.get_label(): line.get_xydata() for line in axes.lines}
+    assert set(curves) == {"Baseline", "CutMix"}
+    assert tuple(curves["CutMix"][-1]) == (300, 15.0)
+    assert tuple(curves["Baseline"][-1]) == (300, 17.0)
+
+
+def test_values_stand_over_their_rows(axes: Any) -> None:
+    records = [record(BASELINE, 0, 17.0), record(CUTMIX, 0, 14.0), record(CUTMIX, 1, 15.0)]
+    records += [record([*CUTMIX, "aug.mix.alpha=0.25"], 0, 16.0)]
+    (section,) = sections(load_table("alpha_ablation"), records)
+    draw_values(axes, section)
+    labels = [text.get_text() for text in axes.get_xticklabels()]
+    assert labels == ["0.1", "0.25", "0.5", "1.0", "2.0", "4.0"]
+    last, best = (bars.lines[0].get_xydata() for bars in axes.containers)
+    assert last[:, 1].tolist() == [16.0, 14.5] and np.rint(last[:, 0]).tolist() == [1, 3]
+    assert best[:, 1].tolist() == [15.5, 14.0]
+    heights = [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"]
+    assert heights == [17.0, 16.5]
+
+
+def test_files_are_made_only_where_there_are_records(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figure = BY_NAME["figure2_cifar100_pyramidnet200"]
+    file = tmp_path / f"{figure.name}.png"
+    write_figure(figure, [with_curve(CUTMIX, 0, 14.0)], tmp_path)
+    assert file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 5000
+    cutout = ["dataset=cifar100", "model=pyramidnet", "aug=cutout"]
+    write_figure(figure, [with_curve(cutout, 0, 14.0)], tmp_path)  # no row of this figure
+    assert not file.exists() and "no records" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("figure", FIGURES, ids=lambda f: f.name)
+def test_every_figure_can_be_drawn(figure: Any) -> None:
+    """From one record of each row that is available."""
+    assert figure.table in table_names()
+    table = load_table(figure.table)
+    assert draw(figure, table, []) is None
+    rows = [row for row in table.rows if isinstance(row_config(table, row), Config)]
+    records = [with_curve(table.overrides(row), 0, 20.0) for row in rows[:2]]
+    for made in records:
+        made["config"]["schedule"]["epochs"] = 300
+    if rows:
+        assert draw(figure, replace(table, rows=tuple(rows)), records) is not None
