@@ -13,6 +13,7 @@ from cutmix_exp.aug.base import (
     BatchShape,
     Mixer,
     MixPlan,
+    draw_partner,
     exact_weights,
     two_weights,
     unmixed,
@@ -57,7 +58,7 @@ class Ricap(Mixer):
         acts = rng.random(n) < self.prob
         size = np.array([shape.height, shape.width])
         boundary = np.rint(size * rng.beta(self.alpha, self.alpha, (n, 2))).astype(np.int64)
-        partners = np.stack([rng.permutation(shape.batch) for _ in range(3)])
+        partners = np.stack([draw_partner("permutation", shape, rng) for _ in range(3)])
         boundary[~acts] = size  # everything is the upper left crop
         rest = size - boundary
         (top, left), (bottom, right) = boundary.T, rest.T
