@@ -164,6 +164,7 @@ def test_the_papers_network_on_synthetic_images(tmp_path: Path) -> None:
         "aug=cutmix",
         "dataset=synthetic",
         "trainer.max_steps=3",
+        "schedule.batch_size=8",
         cwd=tmp_path,
         OMP_NUM_THREADS="2",
     )

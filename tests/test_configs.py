@@ -41,7 +41,7 @@ def test_every_yaml_is_composed_and_built(file: Path, tmp_path: Path) -> None:
     for config in configs:
         resolved = resolve(config, HARDWARE)
         assert from_dict(resolved.to_dict()) == resolved
-        network = (resolved.model, resolved.dataset.num_classes, resolved.dataset.image_size)
+        network = str((resolved.model, resolved.dataset.num_classes, resolved.dataset.image_size))
         if network in built:
             continue
         built.add(network)

@@ -48,6 +48,7 @@ def test_devices_and_torchrun_are_the_same_run(tmp_path: Path) -> None:
 
 PROGRAM = """
 import json, sys
+from dataclasses import replace
 import numpy as np, torch
 from cutmix_exp.distributed import world_of
 from cutmix_exp.training.logging import Reporter
@@ -64,7 +65,7 @@ with world_of("cpu") as world:
     batch = trainer.pipeline.batch
     def doubled(plan, positions):
         made = batch(plan, positions)
-        return type(made)(made.images.double(), made.targets, made.global_size)
+        return replace(made, images=made.images.double())
     trainer.pipeline.batch = doubled
     from cutmix_exp.training.ema import make_average
     from cutmix_exp.training.optim import make_optimizer

@@ -207,11 +207,26 @@ class ImageOp(Part):
         """Fill in defaults that depend on the image's side in pixels; explicit values win."""
         return self
 
-    def sample(self, shape: BatchShape, rng: np.random.Generator) -> np.ndarray:
+    def sample(self, shape: BatchShape, progress: float, rng: np.random.Generator) -> np.ndarray:
         raise NotImplementedError
 
     def apply(self, plan: np.ndarray, images: Tensor) -> Tensor:
         """Change normalised images [n, C, H, W] as the plan of those n positions says."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelOp(ImageOp):
+    """An image operation on the bytes of a cropped and flipped image, before normalisation and
+    before all others. It draws for itself: its plan is a seed for each image. Images that stream
+    meet it in the worker processes."""
+
+    def sample(self, shape: BatchShape, progress: float, rng: np.random.Generator) -> np.ndarray:
+        """Seeds int64 [B] for torch."""
+        return rng.integers(0, 2**63, shape.batch)
+
+    def change(self, image: Tensor, seed: int) -> Tensor:
+        """Another image uint8 [3, H, W], a function of image and seed."""
         raise NotImplementedError
 
 
@@ -313,6 +328,11 @@ class Regularizer:
         image = {name: op.resolve(image_size) for name, op in self.image.items()}
         network = {name: op.resolve(image_size) for name, op in self.network.items()}
         return replace(self, image=image, mix=self.mix.resolve(image_size), network=network)
+
+    @property
+    def on_pixels(self) -> dict[str, PixelOp]:
+        """The image operations on bytes, in order."""
+        return {name: op for name, op in self.image.items() if isinstance(op, PixelOp)}
 
     def protocol(self) -> dict[str, Any]:
         """Every switch that can move a number: the mixer's by name, those of the other atoms below

@@ -44,7 +44,7 @@ class RandomErasing(ImageOp):
                 f"area_min={self.area_min} is above area_max={self.area_max}; exchange them"
             )
 
-    def sample(self, shape: BatchShape, rng: np.random.Generator) -> np.ndarray:
+    def sample(self, shape: BatchShape, progress: float, rng: np.random.Generator) -> np.ndarray:
         """Boxes int64 [B, 4] as (top, left, bottom, right); empty where nothing is erased."""
         acts = rng.random(shape.batch) < self.prob
         tries = (shape.batch, TRIES)
@@ -90,7 +90,7 @@ class HideAndSeek(ImageOp):
         scaled = (max(1, round(cell * image_size / 224)) for cell in (16, 32, 44, 56))
         return replace(self, cells=(0, *scaled))
 
-    def sample(self, shape: BatchShape, rng: np.random.Generator) -> np.ndarray:
+    def sample(self, shape: BatchShape, progress: float, rng: np.random.Generator) -> np.ndarray:
         """Hidden pixels, bool [B, H, W]."""
         assert self.cells is not None, "resolve() comes first"
         sides = rng.choice(self.cells, shape.batch)
@@ -106,3 +106,56 @@ class HideAndSeek(ImageOp):
     def apply(self, plan: np.ndarray, images: Tensor) -> Tensor:
         hidden = torch.from_numpy(plan)[:, None].to(images.device)
         return torch.where(hidden, images.new_zeros(()), images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridMask(ImageOp):
+    """GridMask (Chen et al., 2001.04086; dvlab-research/GridMask): squares in the cells of a turned
+    grid are hidden; hidden pixels are 0 after normalisation.
+
+    Attributes:
+        prob: probability that an image is changed, at the end of `ramp`.
+        ramp: share of the training over which the probability grows from 0; 0: constant.
+        cell_min, cell_max: the grid's period in pixels is a whole number, uniform from `cell_min`
+            to `cell_max` - 1. None are the authors' 96 and 224 at 224 px, in proportion.
+        ratio: share of a period that is kept between the squares.
+        rotate: the grid is turned by a whole number of degrees below this.
+    """
+
+    prob: float = option(0.8, ge=0, le=1)
+    ramp: float = option(0.8, ge=0, le=1)
+    cell_min: int | None = option(None, ge=2)
+    cell_max: int | None = option(None, ge=3)
+    ratio: float = option(0.6, gt=0, lt=1)
+    rotate: int = option(360, ge=1, le=360)
+
+    def resolve(self, image_size: int) -> GridMask:
+        low = self.cell_min or max(2, round(image_size * 96 / 224))
+        high = self.cell_max or max(low + 1, image_size)
+        if low >= high:
+            raise UserError(f"cell_min={low} must be below cell_max={high}")
+        return replace(self, cell_min=low, cell_max=high)
+
+    def sample(self, shape: BatchShape, progress: float, rng: np.random.Generator) -> np.ndarray:
+        """float64 [B, 4]: period in pixels (0 hides nothing), where it begins (y, x), degrees."""
+        assert self.cell_min is not None and self.cell_max is not None, "resolve() comes first"
+        prob = self.prob * min(1.0, progress / self.ramp if self.ramp else 1.0)
+        acts = rng.random(shape.batch) < prob
+        period = rng.integers(self.cell_min, self.cell_max, shape.batch)
+        start = rng.integers(0, period[:, None], (shape.batch, 2))
+        degrees = rng.integers(0, self.rotate, shape.batch)
+        return np.stack([period * acts, *start.T, degrees], axis=1).astype(np.float64)
+
+    def apply(self, plan: np.ndarray, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        drawn = torch.from_numpy(plan).to(images.device)[:, :, None, None]
+        period, start_y, start_x, degrees = drawn.unbind(1)
+        cos, sin = torch.cos(torch.deg2rad(degrees)), torch.sin(torch.deg2rad(degrees))
+        y = torch.arange(height, device=images.device)[:, None] - (height - 1) / 2
+        x = torch.arange(width, device=images.device) - (width - 1) / 2
+        kept = torch.floor(period * self.ratio + 0.5)
+        within = period.clamp(min=1)
+        rows = (cos * y - sin * x - start_y).remainder(within) < kept
+        columns = (sin * y + cos * x - start_x).remainder(within) < kept
+        hidden = ~rows & ~columns & (period > 0)
+        return torch.where(hidden[:, None], images.new_zeros(()), images)

@@ -45,7 +45,7 @@ class Cutout(ImageOp):
     def resolve(self, image_size: int) -> Cutout:
         return self if self.size is not None else replace(self, size=image_size // 2)
 
-    def sample(self, shape: BatchShape, rng: np.random.Generator) -> np.ndarray:
+    def sample(self, shape: BatchShape, progress: float, rng: np.random.Generator) -> np.ndarray:
         """Centres int64 [B, 2] as (y, x)."""
         return rng.integers(0, (shape.height, shape.width), size=(shape.batch, 2))
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cutmix_exp.aug.base import BatchShape, MixPlan, Regularizer, mix_targets
+from cutmix_exp.aug.base import BatchShape, ImageOp, MixPlan, Regularizer, mix_targets
 from cutmix_exp.data.augment import (
     crop_boxes,
     draw_colors,
@@ -135,7 +135,8 @@ class Pipeline:
         self._order: tuple[int, np.ndarray] | None = None
 
     def pixels(self, plan: BatchPlan, positions: np.ndarray) -> Tensor:
-        """Images uint8 [n, 3, H, W] at some positions of the global batch, cropped and flipped."""
+        """Images uint8 [n, 3, H, W] at some positions of the global batch: cropped, flipped, and
+        changed by the operations on bytes."""
         raise NotImplementedError
 
     @property
@@ -173,13 +174,18 @@ class Pipeline:
             rng = draws(purpose)
             return np.concatenate([draw(shape, rng) for shape in shapes])
 
+        def sampler(
+            op: ImageOp,
+        ) -> Callable[[BatchShape, np.random.Generator], np.ndarray]:
+            return lambda shape, rng: op.sample(shape, progress, rng)
+
         mirrored = rows("flip", lambda shape, rng: rng.random(shape.batch) < 0.5)
         return BatchPlan(
             index=index,
             crop=rows("crop", lambda shape, rng: draw_crops(self.dataset, shape.batch, rng)),
             mirrored=mirrored & self.dataset.flip,
             color=rows("color", lambda shape, rng: draw_colors(self.dataset, shape.batch, rng)),
-            image={n: rows(f"image/{n}", op.sample) for n, op in self.aug.image.items()},
+            image={n: rows(f"image/{n}", sampler(op)) for n, op in self.aug.image.items()},
             mix=self.aug.mix.sample(shapes[0], progress, draws("mix")),
         )
 
@@ -188,7 +194,8 @@ class Pipeline:
         images = self.normalize.unit(self.pixels(plan, positions))
         images = self.normalize.standardize(recolor(images, plan.color[positions]))
         for name, op in self.aug.image.items():
-            images = op.apply(plan.image[name][positions], images)
+            if name not in self.aug.on_pixels:
+                images = op.apply(plan.image[name][positions], images)
         return images
 
     def targets_at(self, plan: BatchPlan, positions: np.ndarray) -> Tensor:
@@ -253,7 +260,11 @@ class ResidentPipeline(Pipeline):
         else:
             corner = self.put(plan.crop[positions])
             images = self.windows[index, :, corner[:, 0], corner[:, 1]]
-        return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        for name, op in self.aug.on_pixels.items():
+            seeds = plan.image[name][positions].tolist()
+            images = torch.stack([op.change(i, s) for i, s in zip(images, seeds, strict=True)])
+        return images
 
 
 def make_pipeline(

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms.v2 import functional as vision
 
-from cutmix_exp.aug.base import Regularizer
+from cutmix_exp.aug.base import PixelOp, Regularizer
 from cutmix_exp.data.augment import crop_boxes
 from cutmix_exp.data.decoding import decode
 from cutmix_exp.data.pipeline import BatchPlan, Pipeline
@@ -53,23 +53,27 @@ def centred(image: Tensor, resized: int, size: int) -> Tensor:
     return vision.center_crop(image, [size, size])
 
 
-Task = tuple[int, np.ndarray | None, bool]
-"""An image's index; how it is cropped (None: the centre, for evaluation); whether it is mirrored."""
+Task = tuple[int, np.ndarray | None, bool, tuple[int, ...]]
+"""An image's index; how it is cropped (None: the centre, for evaluation); whether it is mirrored; the
+seeds of the operations on its bytes."""
 
 
 class DecodedCrops(TorchDataset):
     """What a worker does: tasks to images."""
 
-    def __init__(self, files: FileSet, dataset: Dataset) -> None:
-        self.files, self.dataset = files, dataset
+    def __init__(self, files: FileSet, dataset: Dataset, changes: list[PixelOp]) -> None:
+        self.files, self.dataset, self.changes = files, dataset, changes
 
     def __getitem__(self, task: Task) -> Tensor:
-        index, draw, mirrored = task
+        index, draw, mirrored, seeds = task
         image = decode(self.files.path(index))
         if draw is None:
             resized = self.dataset.eval_resize or -(-self.dataset.image_size * 256 // 224)
             return centred(image, resized, self.dataset.image_size)
-        return cropped(image, self.dataset, draw, mirrored)
+        image = cropped(image, self.dataset, draw, mirrored)
+        for op, seed in zip(self.changes, seeds, strict=True):
+            image = op.change(image, seed)
+        return image
 
     def __getitems__(self, tasks: list[Task]) -> Tensor | str:
         """A batch uint8 [n, 3, S, S], or the message of what went wrong: an exception would reach
@@ -80,11 +84,21 @@ class DecodedCrops(TorchDataset):
             return str(error)
 
 
+def as_it_is(images: Any) -> Any:
+    return images
+
+
 class Decoder:
     """Lists of tasks to batches of images, by worker processes that work ahead."""
 
-    def __init__(self, files: FileSet, dataset: Dataset, device: torch.device) -> None:
-        self.crops = DecodedCrops(files, dataset)
+    def __init__(
+        self,
+        files: FileSet,
+        dataset: Dataset,
+        device: torch.device,
+        changes: list[PixelOp] | None = None,
+    ) -> None:
+        self.crops = DecodedCrops(files, dataset, changes or [])
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         cores = len(os.sched_getaffinity(0))
         self.workers = dataset.workers if dataset.workers is not None else max(1, cores // here)
@@ -100,7 +114,9 @@ class Decoder:
             self.crops,
             batch_sampler=batches,
             num_workers=self.workers,
-            collate_fn=lambda images: images,
+            collate_fn=as_it_is,
+            # Not spawn, which the processes of devices=N inherit: a worker would import torch anew.
+            multiprocessing_context="fork" if self.workers else None,
             pin_memory=self.device.type == "cuda",
             # The loader's own seed for its workers, who draw nothing: not from torch's generator.
             generator=torch.Generator(),
@@ -129,12 +145,7 @@ class BatchTasks:
         for plan in self.plans:
             held = self.pipeline.needed(plan)
             self.waiting.append((plan, held))
-            yield tasks_of(plan, held)
-
-
-def tasks_of(plan: BatchPlan, positions: np.ndarray) -> list[Task]:
-    """What is to be done for some positions of a global batch."""
-    return [(int(plan.index[p]), plan.crop[p], bool(plan.mirrored[p])) for p in positions]
+            yield self.pipeline.tasks(plan, held)
 
 
 @dataclass(frozen=True)
@@ -169,7 +180,20 @@ class StreamingPipeline(Pipeline):
         device = settings["device"]
         super().__init__(train.labels.to(device), dataset, aug, **settings)
         self.rank, self.world_size = rank, world_size
-        self.decoder = Decoder(train, dataset, device)
+        self.decoder = Decoder(train, dataset, device, list(aug.on_pixels.values()))
+
+    def tasks(self, plan: BatchPlan, positions: np.ndarray) -> list[Task]:
+        """What is to be done for some positions of a global batch."""
+        seeds = [plan.image[name] for name in self.aug.on_pixels]
+        return [
+            (
+                int(plan.index[p]),
+                plan.crop[p],
+                bool(plan.mirrored[p]),
+                tuple(int(of_op[p]) for of_op in seeds),
+            )
+            for p in positions
+        ]
 
     def needed(self, plan: BatchPlan) -> np.ndarray:
         """The positions whose images this rank needs, sorted: its share and the partners."""
@@ -186,7 +210,7 @@ class StreamingPipeline(Pipeline):
 
     def pixels(self, plan: BatchPlan, positions: np.ndarray) -> Tensor:
         if not isinstance(plan, StreamedPlan):
-            return self.decoder.now(tasks_of(plan, positions))
+            return self.decoder.now(self.tasks(plan, positions))
         return plan.decoded[self.put(np.searchsorted(plan.held, positions))]
 
 
@@ -202,4 +226,6 @@ class StreamedSet:
 
     def batches(self, indices: list[np.ndarray]) -> Iterator[Tensor]:
         """The images uint8 [n, 3, S, S], on the device, of each list of indices."""
-        yield from self.decoder.ahead([[(int(i), None, False) for i in part] for part in indices])
+        yield from self.decoder.ahead(
+            [[(int(i), None, False, ()) for i in part] for part in indices]
+        )

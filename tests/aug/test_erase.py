@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,14 @@ import torch
 from scipy import stats
 
 from cutmix_exp.aug.base import BatchShape, ImageOp
-from cutmix_exp.aug.erase import HideAndSeek, RandomErasing
+from cutmix_exp.aug.erase import GridMask, HideAndSeek, RandomErasing
 from cutmix_exp.errors import UserError
 from cutmix_exp.seeding import stream
 from tests.oracles import mixing
 
 
 def draw(op: ImageOp, shape: BatchShape) -> np.ndarray:
-    return op.sample(shape, stream(0, "image/test"))
+    return op.sample(shape, 0.5, stream(0, "image/test"))
 
 
 # ------------------------------------------------------------------------------ Random Erasing
@@ -122,3 +123,47 @@ def test_type_layout_and_slices_are_kept(op: ImageOp, dtype: torch.dtype) -> Non
     assert whole.is_contiguous(memory_format=torch.channels_last)
     positions = np.array([4, 0])
     assert torch.equal(op.apply(plan[positions], images[positions]), whole[positions])
+
+
+# ----------------------------------------------------------------------------------- GridMask
+
+
+def grid_by_hand(height: int, width: int, row: np.ndarray, ratio: float) -> np.ndarray:
+    """Hidden pixels bool [H, W] of one drawn grid, pixel by pixel."""
+    period, start_y, start_x, degrees = row
+    if period == 0:
+        return np.zeros((height, width), bool)
+    kept = int(period * ratio + 0.5)
+    angle = math.radians(degrees)
+    hidden = np.zeros((height, width), bool)
+    for y in range(height):
+        for x in range(width):
+            dy, dx = y - (height - 1) / 2, x - (width - 1) / 2
+            v = math.cos(angle) * dy - math.sin(angle) * dx
+            u = math.sin(angle) * dy + math.cos(angle) * dx
+            hidden[y, x] = (v - start_y) % period >= kept and (u - start_x) % period >= kept
+    return hidden
+
+
+def test_grids_hide_what_a_plain_loop_hides() -> None:
+    op = GridMask(prob=1.0, ramp=0.0, cell_min=3, cell_max=9)
+    plan = op.sample(BatchShape(12, 14, 17), 0.0, stream(4, "image/test"))
+    plan[0, 3] = 0
+    got = op.apply(plan, torch.ones(12, 3, 14, 17)) == 0
+    wanted = np.stack([grid_by_hand(14, 17, row, 0.6) for row in plan])
+    # On the very edge of a square two roundings may differ.
+    assert (got.numpy() != wanted[:, None]).mean() < 0.004
+    assert np.array_equal(got[0, 0].numpy(), wanted[0])
+
+
+def test_grids_hide_their_share_and_come_with_progress() -> None:
+    op = GridMask(prob=0.8).resolve(32)
+    assert (op.cell_min, op.cell_max) == (14, 32)
+    shape = BatchShape(4000, 32, 32)
+    for progress, wanted in ((0.0, 0.0), (0.4, 0.4), (0.8, 0.8), (1.0, 0.8)):
+        plan = op.sample(shape, progress, stream(0, "image/test"))
+        assert abs((plan[:, 0] > 0).mean() - wanted) < 0.03
+    hidden = op.apply(plan, torch.ones(4000, 1, 32, 32)) == 0
+    period = np.arange(14, 32)
+    share = ((1 - np.floor(period * 0.6 + 0.5) / period) ** 2).mean()
+    assert abs(hidden.float().mean().item() - 0.8 * share) < 0.006

@@ -71,7 +71,7 @@ def test_an_explicit_size_wins(side: int) -> None:
 
 def test_centres_are_uniform_over_all_pixels() -> None:
     height, width, draws = 5, 9, 45_000
-    plan = Cutout(size=2).sample(BatchShape(draws, height, width), stream(0, "image/cutout"))
+    plan = Cutout(size=2).sample(BatchShape(draws, height, width), 0.0, stream(0, "image/cutout"))
     assert plan.shape == (draws, 2)
     counts = np.zeros((height, width), int)
     np.add.at(counts, (plan[:, 0], plan[:, 1]), 1)
@@ -81,7 +81,7 @@ def test_centres_are_uniform_over_all_pixels() -> None:
 
 def test_a_slice_of_the_plan_gives_a_slice_of_the_result() -> None:
     op, images = Cutout(size=4), torch.randn(10, 3, 8, 6)
-    plan = op.sample(BatchShape(10, 8, 6), stream(0, "image/cutout"))
+    plan = op.sample(BatchShape(10, 8, 6), 0.0, stream(0, "image/cutout"))
     whole = op.apply(plan, images)
     for positions in (np.arange(3), np.arange(3, 10), np.array([7, 0, 7])):
         assert torch.equal(op.apply(plan[positions], images[positions]), whole[positions])

@@ -39,7 +39,7 @@ MODELS = {
     "resnet": ResNet(name="resnet", depth=8).resolve(32),
     "bottleneck": ResNet(name="resnet", depth=11).resolve(32),
     "resnext": ResNeXt(name="resnext", depth=11, cardinality=2, base_width=4).resolve(32),
-    "pyramidnet": PyramidNet(name="pyramidnet", depth=11, alpha=12),
+    "pyramidnet": PyramidNet(name="pyramidnet", depth=11, alpha=12).resolve(32),
     "wide_resnet": WideResNet(name="wide_resnet", depth=10, widen_factor=1),
 }
 OPS: dict[str, NetworkOp] = {
