@@ -16,13 +16,14 @@ from cutmix_exp.training.trainer import make_model
 
 def first_mixed_plan(pipeline: Pipeline, tries: int = 50) -> BatchPlan:
     """The first batch whose images are mixed: the coin may leave batches alone, and features may
-    meet inside the network instead."""
+    meet inside the network instead. Drawn as at the training's end, where what grows with it is
+    in full force."""
     steps = pipeline.steps_per_epoch
     for number in range(tries):
-        plan = pipeline.plan(number // steps, number % steps)
+        plan = pipeline.plan(number // steps, number % steps, progress=1.0)
         if plan.mix.num_sources > 1 and not plan.mix.layer:
             return plan
-    return pipeline.plan(0, 0)
+    return pipeline.plan(0, 0, progress=1.0)
 
 
 def contact_sheet(config: Config, splits: Splits, rows: int = 8) -> bytes:
