@@ -29,6 +29,8 @@ class MixSwitch(Mixer):
     def __post_init__(self) -> None:
         if isinstance(self.first, MixSwitch) or isinstance(self.second, MixSwitch):
             raise UserError("MixSwitch draws one of two mixers; neither can be a MixSwitch itself")
+        if self.first.mixes_features or self.second.mixes_features:
+            raise UserError("MixSwitch mixes images; neither mixer can be one of features")
 
     @property
     def wants_guests(self) -> bool:

@@ -147,6 +147,7 @@ class Dataset(Part):
         lighting: standard deviation of the PCA lighting noise (Krizhevsky et al. 2012).
         eval_resize: shorter side in pixels before the centre crop of test images that stream;
             None is `image_size` * 8/7, the usual 256 for 224.
+        eval_size: side in pixels of that centre crop; None is `image_size`.
         workers: processes that decode images that stream; None is one for each core.
         val_size: number of training images held out for validation, stratified by class; 0: none.
         val_seed: draws the validation split; not the run's seed, so that runs share the split.
@@ -169,6 +170,7 @@ class Dataset(Part):
     color_jitter: float = option(0.0, ge=0, le=1, neutral=0.0)
     lighting: float = option(0.0, ge=0, neutral=0.0)
     eval_resize: int | None = option(None, ge=1, neutral=None)
+    eval_size: int | None = option(None, ge=1, neutral=None)
     workers: int | None = option(None, ge=0, identity=False)
     val_size: int = option(0, ge=0)
     val_seed: int = option(0, ge=0, lt=2**32)
@@ -183,6 +185,11 @@ class Dataset(Part):
             limits = getattr(self, field)
             if len(limits) != 2 or limits[0] > limits[1]:
                 raise UserError(f"dataset.{field}={list(limits)}: expected [smallest,largest]")
+        if self.eval_size not in (None, self.image_size) and not self.streams:
+            raise UserError(
+                f"dataset.eval_size={self.eval_size}: only sets that stream are scored at another "
+                f"size than dataset.image_size={self.image_size}"
+            )
         if self.padding_mode == "reflect" and self.crop_padding >= self.image_size:
             raise UserError(
                 f"dataset.crop_padding={self.crop_padding}: reflection pads by less than the image's "

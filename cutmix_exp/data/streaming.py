@@ -68,8 +68,8 @@ class DecodedCrops(TorchDataset):
         index, draw, mirrored, seeds = task
         image = decode(self.files.path(index))
         if draw is None:
-            resized = self.dataset.eval_resize or -(-self.dataset.image_size * 256 // 224)
-            return centred(image, resized, self.dataset.image_size)
+            size = self.dataset.eval_size or self.dataset.image_size
+            return centred(image, self.dataset.eval_resize or -(-size * 256 // 224), size)
         image = cropped(image, self.dataset, draw, mirrored)
         for op, seed in zip(self.changes, seeds, strict=True):
             image = op.change(image, seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +71,13 @@ def _alike(record: Record, config: Config) -> bool:
     return same_size and schema.identity_of(other.model) == schema.identity_of(config.model)
 
 
-@functools.cache
+_COUNTED: dict[str, int] = {}
+
+
 def _flops(model: Model, num_classes: int, image_size: int) -> int:
-    with torch.device("meta"):
-        return forward_flops(model.build(num_classes), image_size)
+    """Counted once for each network: a table has many rows with one."""
+    key = repr((model, num_classes, image_size))
+    if key not in _COUNTED:
+        with torch.device("meta"):
+            _COUNTED[key] = forward_flops(model.build(num_classes), image_size)
+    return _COUNTED[key]

@@ -73,3 +73,10 @@ def test_a_switch_of_switches_is_refused() -> None:
 def test_two_mixers_are_pointed_to_the_switch() -> None:
     with pytest.raises(UserError, match="aug=cutmix_or_mixup"):
         from_dict(compose(["aug=[cutmix,mixup]"]))
+
+
+def test_mixers_of_features_cannot_be_switched() -> None:
+    from cutmix_exp.aug.feature import ManifoldMixup
+
+    with pytest.raises(UserError, match="mixes images"):
+        MixSwitch(first=CutMix(), second=ManifoldMixup())

@@ -172,6 +172,33 @@ def test_test_images_are_centre_crops_each_once(files: FileSet, workers: int) ->
     assert (got.int() - wanted.int()).abs().max() <= 2  # PIL and tensors round differently
 
 
+def test_test_images_may_be_larger_than_training_images(files: FileSet) -> None:
+    """torchvision's recipe trains at 176 px and scores at 224."""
+    data = StreamedSet(files, FilesAtTwoSizes(**LARGER), CPU)
+    (got,) = data.batches([np.arange(3)])
+    assert got.shape == (3, 3, SIDE + 4, SIDE + 4)
+    with pytest.raises(UserError, match="only sets that stream"):
+        dataset(eval_size=SIDE + 4)
+
+
+class FilesAtTwoSizes(Synthetic):
+    @property
+    def streams(self) -> bool:
+        return True
+
+
+LARGER: dict[str, Any] = {
+    "name": "files",
+    "num_classes": 3,
+    "image_size": SIDE,
+    "eval_size": SIDE + 4,
+    "eval_resize": 24,
+    "mean": (0.5,) * 3,
+    "std": (0.2,) * 3,
+    "workers": 0,
+}
+
+
 def test_the_loader_leaves_torchs_generator_alone(files: FileSet) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
