@@ -203,3 +203,17 @@ def test_no_mix_is_the_identity_and_draws_nothing() -> None:
     assert plan.num_sources == 1
     assert NoMix().apply(plan, [images]) is images
     assert rng.random() == stream(0, "mix").random()
+
+
+def test_partners_within_shares_are_uniform_permutations_of_them() -> None:
+    shape = BatchShape(7, 4, 4, shares=2)  # shares of three and four
+    seen: dict[tuple[int, ...], int] = {}
+    for step in range(1200):
+        partners = draw_partner("permutation", shape, stream(0, "mix", step=step))
+        assert sorted(partners[:3]) == [0, 1, 2] and sorted(partners[3:]) == [3, 4, 5, 6]
+        seen[tuple(partners[:3])] = seen.get(tuple(partners[:3]), 0) + 1
+    assert len(seen) == 6 and all(abs(count - 200) < 60 for count in seen.values())
+    for kind in ("roll", "flip"):
+        partners = draw_partner(kind, shape, stream(0, "mix"))
+        wanted = {"roll": [2, 0, 1, 6, 3, 4, 5], "flip": [2, 1, 0, 6, 5, 4, 3]}[kind]
+        assert partners.tolist() == wanted
