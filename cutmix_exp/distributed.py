@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -94,6 +95,18 @@ class World:
             return nn.parallel.DistributedDataParallel(
                 network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+
+
+def share(size: int, rank: int, world_size: int) -> np.ndarray:
+    """Positions of a rank in a batch: contiguous, and the ranks' counts differ by at most one."""
+    return np.arange(size * rank // world_size, size * (rank + 1) // world_size)
+
+
+def share_or_last(size: int, rank: int, world_size: int) -> np.ndarray:
+    """What a rank computes on: its share, or the batch's last image where it has none, since it
+    must join every collective."""
+    mine = share(size, rank, world_size)
+    return mine if len(mine) else np.array([size - 1])
 
 
 def launched_world() -> int | None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cutmix_exp.data.sampling import share
+from cutmix_exp.distributed import share
 from cutmix_exp.errors import UserError
 from cutmix_exp.schema import Part, option, to_dict
 

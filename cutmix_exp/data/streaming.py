@@ -23,8 +23,8 @@ from cutmix_exp.aug.base import PixelOp, Regularizer
 from cutmix_exp.data.augment import crop_boxes
 from cutmix_exp.data.decoding import decode
 from cutmix_exp.data.pipeline import BatchPlan, Pipeline
-from cutmix_exp.data.sampling import share_or_last
 from cutmix_exp.data.sources import Dataset, FileSet
+from cutmix_exp.distributed import share_or_last
 from cutmix_exp.errors import LocalError, UserError
 
 

@@ -18,9 +18,8 @@ from cutmix_exp.aug.base import Progress
 from cutmix_exp.aug.feature import feature_maps
 from cutmix_exp.config import Config
 from cutmix_exp.data.pipeline import BatchPlan, make_pipeline
-from cutmix_exp.data.sampling import share, share_or_last
 from cutmix_exp.data.sources import FileSet, ImageSet, Splits
-from cutmix_exp.distributed import World
+from cutmix_exp.distributed import World, share, share_or_last
 from cutmix_exp.errors import UserError
 from cutmix_exp.evaluation.classification import EvaluationSet, Predictions, predict
 from cutmix_exp.models.batchnorm import BatchGroups, group_batchnorm, micro_batches

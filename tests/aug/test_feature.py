@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cutmix_exp.aug.base import BatchShape, MixPlan
 from cutmix_exp.aug.feature import FeatureCutMix, FeatureMixer, ManifoldMixup, feature_maps
-from cutmix_exp.data.sampling import share
+from cutmix_exp.distributed import share
 from cutmix_exp.errors import UserError
 from cutmix_exp.models.base import StagedNetwork
 from cutmix_exp.models.pyramidnet import PyramidNet

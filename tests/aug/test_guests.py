@@ -16,7 +16,7 @@ from cutmix_exp.aug.base import MixPlan, Regularizer, exact_weights
 from cutmix_exp.aug.image import Cutout
 from cutmix_exp.aug.mix import CutMix, Mixup
 from cutmix_exp.data.pipeline import ResidentPipeline
-from cutmix_exp.data.sampling import share
+from cutmix_exp.distributed import share
 from tests.data.test_pipeline import CLASSES, DATASET, noise, reference_images
 from tests.oracles import mixing
 

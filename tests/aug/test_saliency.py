@@ -12,7 +12,7 @@ from scipy import stats
 from cutmix_exp.aug.base import BatchShape, MixPlan, Regularizer, mix_targets
 from cutmix_exp.aug.saliency import SaliencyMix, fine_grained_saliency
 from cutmix_exp.data.pipeline import ResidentPipeline
-from cutmix_exp.data.sampling import share
+from cutmix_exp.distributed import share
 from tests.aug.test_patch import draw, some
 from tests.data.test_pipeline import DATASET, noise
 from tests.oracles import mixing

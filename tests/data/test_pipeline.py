@@ -17,8 +17,8 @@ from cutmix_exp.aug.mix import CutMix, Mixup
 from cutmix_exp.data import pipeline as pipeline_module
 from cutmix_exp.data import sampling as sampling_module
 from cutmix_exp.data.pipeline import BatchPlan, Normalizer, ResidentPipeline
-from cutmix_exp.data.sampling import share
 from cutmix_exp.data.sources import Dataset, ImageSet
+from cutmix_exp.distributed import share
 from cutmix_exp.seeding import stream
 from tests.helpers import config_of
 from tests.oracles import mixing

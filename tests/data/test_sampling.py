@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from timm.data.distributed_sampler import RepeatAugSampler
 
-from cutmix_exp.data.sampling import epoch_order, share, steps_per_epoch
+from cutmix_exp.data.sampling import epoch_order, steps_per_epoch
+from cutmix_exp.distributed import share
 
 
 @pytest.mark.parametrize("size", [1, 2, 23, 1437])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cutmix_exp.data.sampling import share
+from cutmix_exp.distributed import share
 from cutmix_exp.models.base import Model
 from cutmix_exp.models.batchnorm import (
     BatchGroups,
