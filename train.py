@@ -7,9 +7,9 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from cutmix_exp.config import from_dict, hydra_messages, resolve
-from cutmix_exp.distributed import is_main_process, launched_world
-from cutmix_exp.errors import LocalError, UserError
-from cutmix_exp.launch import USER_ERROR, WorkerFailed, launch
+from cutmix_exp.distributed import launched_world
+from cutmix_exp.errors import UserError
+from cutmix_exp.launch import USER_ERROR, WorkerFailed, launch, tell
 
 
 @hydra.main(config_path="configs", config_name="train", version_base="1.3")
@@ -24,13 +24,6 @@ def main(composed: DictConfig) -> None:
         tell(error, 1)
     except KeyboardInterrupt:
         tell("interrupted; the same command continues from the last checkpoint", 130)
-
-
-def tell(error: object, status: int) -> None:
-    """Say what is wrong, once for all processes that it concerns, and end."""
-    if is_main_process() or isinstance(error, LocalError):
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(status)
 
 
 if __name__ == "__main__":

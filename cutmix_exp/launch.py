@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from typing import NoReturn
 
 from cutmix_exp.config import Config
 from cutmix_exp.distributed import is_main_process, launched_world
@@ -77,8 +78,13 @@ def worker(config: Config) -> None:
     try:
         experiment.run(config)
     except UserError as error:
-        if is_main_process() or isinstance(error, LocalError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(USER_ERROR)
+        tell(error, USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def tell(error: object, status: int) -> NoReturn:
+    """Say what is wrong, once for all processes that it concerns, and end."""
+    if is_main_process() or isinstance(error, LocalError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(status)

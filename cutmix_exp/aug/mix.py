@@ -88,6 +88,19 @@ def paste_boxes(images: Tensor, partners: Tensor, boxes: Tensor) -> Tensor:
     return torch.where(rows[:, None, :, None] & columns[:, None, None, :], partners, images)
 
 
+def paste_partner(plan: MixPlan, sources: list[Tensor]) -> Tensor:
+    """Source 0 with source 1 inside the plan's boxes; source 0 itself where the plan has none."""
+    if plan.boxes is None:
+        return sources[0]
+    boxes = torch.from_numpy(plan.boxes).to(sources[0].device)
+    return paste_boxes(sources[0], sources[1], boxes)
+
+
+def cut_prob(image_size: int) -> float:
+    """The probability with which CutMix's authors, and SaliencyMix's after them, mix images."""
+    return 0.5 if image_size == 32 else 1.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class PairMixer(Mixer):
     """What mixers of two images share: when they act, with whom, and at which granularity.
@@ -185,9 +198,7 @@ class CutMix(PairMixer):
                 raise UserError(reason)
 
     def resolve(self, image_size: int) -> CutMix:
-        if self.prob is not None:
-            return self
-        return replace(self, prob=0.5 if image_size == 32 else 1.0)
+        return self if self.prob is not None else replace(self, prob=cut_prob(image_size))
 
     def sample(self, shape: BatchShape, progress: float, rng: np.random.Generator) -> MixPlan:
         acts, lam, partner = self._draw(shape, progress, rng)
@@ -231,11 +242,7 @@ class CutMix(PairMixer):
         return boxes_around(sides, *size, *centre)
 
     def apply(self, plan: MixPlan, sources: list[Tensor]) -> Tensor:
-        if plan.boxes is None:
-            return sources[0]
-        return paste_boxes(
-            sources[0], sources[1], torch.from_numpy(plan.boxes).to(sources[0].device)
-        )
+        return paste_partner(plan, sources)
 
 
 @dataclass(frozen=True, kw_only=True)

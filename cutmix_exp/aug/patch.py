@@ -18,7 +18,7 @@ from cutmix_exp.aug.base import (
     two_weights,
     unmixed,
 )
-from cutmix_exp.aug.mix import Granularity, PairMixer, paste_boxes
+from cutmix_exp.aug.mix import Granularity, PairMixer, paste_boxes, paste_partner
 from cutmix_exp.errors import UserError
 from cutmix_exp.schema import option
 
@@ -189,7 +189,4 @@ class Concat(PairMixer):
         return MixPlan(partners=partner[None], weights=two_weights(cut / side), boxes=boxes)
 
     def apply(self, plan: MixPlan, sources: list[Tensor]) -> Tensor:
-        if plan.boxes is None:
-            return sources[0]
-        boxes = torch.from_numpy(plan.boxes).to(sources[0].device)
-        return paste_boxes(sources[0], sources[1], boxes)
+        return paste_partner(plan, sources)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cutmix_exp.aug.base import BatchShape, MixPlan, two_weights, unmixed
-from cutmix_exp.aug.mix import PairMixer, boxes_around, cut_sides, paste_boxes
+from cutmix_exp.aug.mix import PairMixer, boxes_around, cut_prob, cut_sides, paste_partner
 
 RADII = (12, 24, 48, 28, 56, 112)
 """Of the neighbourhoods that a pixel is compared with, in pixels (OpenCV's)."""
@@ -63,9 +63,7 @@ class SaliencyMix(PairMixer):
     """
 
     def resolve(self, image_size: int) -> SaliencyMix:
-        if self.prob is not None:
-            return self
-        return replace(self, prob=0.5 if image_size == 32 else 1.0)
+        return self if self.prob is not None else replace(self, prob=cut_prob(image_size))
 
     def sample(self, shape: BatchShape, progress: float, rng: np.random.Generator) -> MixPlan:
         """The plan's last source is the one that is looked at; `finish` fills in the boxes and
@@ -99,5 +97,4 @@ class SaliencyMix(PairMixer):
         if plan.num_sources == 1:
             return sources[0]
         assert plan.boxes is not None, "finish() comes first"
-        boxes = torch.from_numpy(plan.boxes).to(sources[0].device)
-        return paste_boxes(sources[0], sources[1], boxes)
+        return paste_partner(plan, sources)

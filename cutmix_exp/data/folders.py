@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ import torch
 
 from cutmix_exp.data.cache import Cache, Listing
 from cutmix_exp.data.decoding import SUFFIXES
-from cutmix_exp.data.sources import TRY_NOW, Dataset, FileSet, ImageSet, Publication
+from cutmix_exp.data.sources import TRY_NOW, Dataset, FileSet, ImageSet, Publication, fingerprint
 from cutmix_exp.errors import UserError
 from cutmix_exp.schema import option
 
@@ -189,11 +188,11 @@ class ImageFolder(ImageFiles):
     def resolve(self) -> ImageFolder:
         self.prepare()
         train, test, names = self.files()
-        return replace(self, num_classes=len(names), fingerprint=_fingerprint(train, test))
+        return replace(self, num_classes=len(names), fingerprint=fingerprint(train, test))
 
     def files(self) -> tuple[Listing, Listing, tuple[str, ...]]:
         found = self.class_trees(self.folder() / self.train, self.folder() / self.test)
-        now = _fingerprint(*found[:2])
+        now = fingerprint(*found[:2])
         if self.fingerprint not in (None, now):
             raise UserError(
                 f"dataset.fingerprint={self.fingerprint}, but the files below {self.folder()} have "
@@ -201,14 +200,6 @@ class ImageFolder(ImageFiles):
                 "taken as they are, in a run of their own"
             )
         return found
-
-
-def _fingerprint(*parts: FileSet) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        for content in part.contents():
-            digest.update(content)
-    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cutmix_exp.aug.base import BatchShape, ImageOp, MixPlan, Regularizer, mix_targets
+from cutmix_exp.aug.base import BatchShape, MixPlan, Regularizer, mix_targets
 from cutmix_exp.data.augment import (
     crop_boxes,
     draw_colors,
@@ -31,6 +31,7 @@ from cutmix_exp.data.sources import Dataset, FileSet, ImageSet
 from cutmix_exp.seeding import stream
 
 Maps = tuple[tuple[int, int], ...]
+Draw = Callable[[BatchShape, float, np.random.Generator], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -167,25 +168,18 @@ class Pipeline:
             index = np.concatenate([index, guests])
             shapes *= 2
 
-        def rows(
-            purpose: str, draw: Callable[[BatchShape, np.random.Generator], np.ndarray]
-        ) -> np.ndarray:
+        def rows(purpose: str, draw: Draw) -> np.ndarray:
             """Drawn for the batch and then for its guests, who thus shift none of its draws."""
             rng = draws(purpose)
-            return np.concatenate([draw(shape, rng) for shape in shapes])
+            return np.concatenate([draw(shape, progress, rng) for shape in shapes])
 
-        def sampler(
-            op: ImageOp,
-        ) -> Callable[[BatchShape, np.random.Generator], np.ndarray]:
-            return lambda shape, rng: op.sample(shape, progress, rng)
-
-        mirrored = rows("flip", lambda shape, rng: rng.random(shape.batch) < 0.5)
+        mirrored = rows("flip", lambda shape, _, rng: rng.random(shape.batch) < 0.5)
         return BatchPlan(
             index=index,
-            crop=rows("crop", lambda shape, rng: draw_crops(self.dataset, shape.batch, rng)),
+            crop=rows("crop", lambda shape, _, rng: draw_crops(self.dataset, shape.batch, rng)),
             mirrored=mirrored & self.dataset.flip,
-            color=rows("color", lambda shape, rng: draw_colors(self.dataset, shape.batch, rng)),
-            image={n: rows(f"image/{n}", sampler(op)) for n, op in self.aug.image.items()},
+            color=rows("color", lambda shape, _, rng: draw_colors(self.dataset, shape.batch, rng)),
+            image={n: rows(f"image/{n}", op.sample) for n, op in self.aug.image.items()},
             mix=self.aug.mix.sample(shapes[0], progress, draws("mix")),
         )
 

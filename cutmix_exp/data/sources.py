@@ -107,12 +107,18 @@ class Splits:
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits of the SHA-256 of the sets' contents."""
-        digest = hashlib.sha256()
-        for part in (self.train, self.val, self.test):
-            for content in part.contents() if part is not None else ():
-                digest.update(content)
-        return digest.hexdigest()[:16]
+        """Of all that the splits hold."""
+        parts = (self.train, self.val, self.test)
+        return fingerprint(*(part for part in parts if part is not None))
+
+
+def fingerprint(*parts: ImageSet | FileSet) -> str:
+    """16 hexadecimal digits of the SHA-256 of the sets' contents, one after the other."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for content in part.contents():
+            digest.update(content)
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from io import BytesIO
 import numpy as np
 import torch
 
-from cutmix_exp.aug.feature import feature_maps
 from cutmix_exp.config import Config
-from cutmix_exp.data.pipeline import BatchPlan, Pipeline, make_pipeline
+from cutmix_exp.data.pipeline import BatchPlan, Pipeline
 from cutmix_exp.data.sources import Splits
-from cutmix_exp.training.trainer import make_model
+from cutmix_exp.distributed import World
+from cutmix_exp.training.trainer import make_model, training_pipeline
 
 
 def first_mixed_plan(pipeline: Pipeline, tries: int = 50) -> BatchPlan:
@@ -31,17 +31,8 @@ def contact_sheet(config: Config, splits: Splits, rows: int = 8) -> bytes:
     that the network sees, and its soft label; lambda is the label weight of the image itself."""
     from matplotlib.figure import Figure
 
-    device = torch.device("cpu")
-    pipeline = make_pipeline(
-        splits.train,
-        config.dataset,
-        config.aug,
-        seed=config.seed,
-        batch_size=config.schedule.batch_size,
-        device=device,
-        maps=feature_maps(make_model(config), config.dataset.image_size),
-        repeats=config.schedule.repeated_augmentation,
-    )
+    alone = World(0, 1, torch.device("cpu"))
+    pipeline = training_pipeline(config, splits, alone, lambda: make_model(config))
     plan = first_mixed_plan(pipeline)
     positions = np.arange(min(rows, len(plan)))
     batch = pipeline.batch(plan, positions)

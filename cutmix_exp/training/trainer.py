@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cutmix_exp.aug.base import Progress
 from cutmix_exp.aug.feature import feature_maps
 from cutmix_exp.config import Config
-from cutmix_exp.data.pipeline import BatchPlan, make_pipeline
+from cutmix_exp.data.pipeline import BatchPlan, Pipeline, make_pipeline
 from cutmix_exp.data.sources import FileSet, ImageSet, Splits
 from cutmix_exp.distributed import World, share, share_or_last
 from cutmix_exp.errors import UserError
@@ -85,19 +85,7 @@ class Trainer:
 
         self.model = make_model(config).to(memory_format=config.model.memory_format)
         self.model.to(world.device)
-        self.pipeline = make_pipeline(
-            splits.train,
-            config.dataset,
-            config.aug,
-            seed=config.seed,
-            batch_size=config.schedule.batch_size,
-            device=world.device,
-            shares=config.pairing_shares,
-            maps=feature_maps(self.model, config.dataset.image_size),
-            rank=world.rank,
-            world_size=world.size,
-            repeats=config.schedule.repeated_augmentation,
-        )
+        self.pipeline = training_pipeline(config, splits, world, lambda: self.model)
         self.groups = BatchGroups()
         if config.trainer.bn_group_size is not None:
             group_batchnorm(self.model, self.groups)
@@ -427,6 +415,27 @@ class Trainer:
         for name in ("epoch", "epoch_step", "step", "lines", "seconds"):
             setattr(self, name, state[name])
         return True
+
+
+def training_pipeline(
+    config: Config, splits: Splits, world: World, network: Callable[[], nn.Module]
+) -> Pipeline:
+    """What serves a config's training batches. `network` is asked for only by mixers inside it,
+    which must know the sizes of its maps."""
+    inside = config.aug.mix.mixes_features
+    return make_pipeline(
+        splits.train,
+        config.dataset,
+        config.aug,
+        seed=config.seed,
+        batch_size=config.schedule.batch_size,
+        device=world.device,
+        shares=config.pairing_shares,
+        maps=feature_maps(network(), config.dataset.image_size) if inside else (),
+        rank=world.rank,
+        world_size=world.size,
+        repeats=config.schedule.repeated_augmentation,
+    )
 
 
 def make_model(config: Config) -> nn.Module:
