@@ -18,10 +18,11 @@ from cutmix_exp.aug.base import Progress
 from cutmix_exp.aug.feature import feature_maps
 from cutmix_exp.config import Config
 from cutmix_exp.data.pipeline import BatchPlan, Pipeline, make_pipeline
-from cutmix_exp.data.sources import FileSet, ImageSet, Splits
+from cutmix_exp.data.sources import Splits
 from cutmix_exp.distributed import World, share, share_or_last
 from cutmix_exp.errors import UserError
-from cutmix_exp.evaluation.classification import EvaluationSet, Predictions, predict
+from cutmix_exp.evaluation.base import EvaluationSet, at_hand
+from cutmix_exp.evaluation.classification import Predictions, predict
 from cutmix_exp.models.batchnorm import BatchGroups, group_batchnorm, micro_batches
 from cutmix_exp.seeding import stream, torch_seed
 from cutmix_exp.training.checkpoint import load_checkpoint, save_checkpoint
@@ -77,11 +78,12 @@ class Trainer:
     def __init__(self, config: Config, splits: Splits, world: World, report: Reporter) -> None:
         self.config, self.world, self.report = config, world, report
         set_determinism(config.trainer.deterministic)
-        self.test = self.at_hand(splits.test)
-        self.val = None if splits.val is None else self.at_hand(splits.val)
+        device = world.device
+        self.test = at_hand(splits.test, config, device)
+        self.val = None if splits.val is None else at_hand(splits.val, config, device)
         # Drawn, since a set may be ordered by class; the same images in every run on the set.
         drawn = stream(0, "probe").permutation(len(splits.train))[:PROBE]
-        self.probe = self.at_hand(splits.train.at(np.sort(drawn)))
+        self.probe = at_hand(splits.train.at(np.sort(drawn)), config, device)
 
         self.model = make_model(config).to(memory_format=config.model.memory_format)
         self.model.to(world.device)
@@ -260,14 +262,6 @@ class Trainer:
             self.report.say("profile=true left no trace: it takes three training steps or more")
 
     # -------------------------------------------------------------------------- evaluation
-
-    def at_hand(self, data: ImageSet | FileSet) -> EvaluationSet:
-        """A set ready to be evaluated: on the device, or decoded as it is needed."""
-        if isinstance(data, ImageSet):
-            return data.to(self.world.device)
-        from cutmix_exp.data.streaming import StreamedSet
-
-        return StreamedSet(data, self.config.dataset, self.world.device)
 
     def predict(self, data: EvaluationSet, network: nn.Module | None = None) -> Predictions:
         """Of the network that counts: the moving average, where the recipe has one."""
