@@ -14,12 +14,15 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 
-from cutmix_exp.config import Config
+from cutmix_exp import schema
+from cutmix_exp.config import CONFIG_DIR, Config
 from cutmix_exp.data.pipeline import Normalizer
 from cutmix_exp.data.sources import FileSet, ImageSet, Splits
 from cutmix_exp.distributed import World
+from cutmix_exp.errors import UserError
 from cutmix_exp.schema import Part
 
 BATCH = 250
@@ -190,3 +193,21 @@ class Suite(Part):
             UserError: what only shows on the way.
         """
         raise NotImplementedError
+
+
+def suite_names() -> list[str]:
+    return sorted(p.stem for p in (CONFIG_DIR / "suite").glob("*.yaml"))
+
+
+def load_suite(name: str, changes: dict[str, Any] | None = None) -> Suite:
+    """A suite of configs/suite, with some fields changed.
+
+    Raises:
+        UserError: there is no such suite or field, or a value that is not allowed.
+    """
+    if name not in suite_names():
+        raise UserError(
+            f"there is no suite '{name}'; suites: {', '.join(suite_names())}, and all of them: all"
+        )
+    plain = yaml.safe_load((CONFIG_DIR / "suite" / f"{name}.yaml").read_text())
+    return schema.build(Suite, plain | (changes or {}), f"suite {name}")
