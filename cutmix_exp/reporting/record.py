@@ -150,6 +150,7 @@ def external_record(name: str, config: Config) -> Record:
         "status": "external",
         "dataset": config.dataset.name,
         "model": config.model.name,
+        "cost": {},
         "evaluations": {},
         "provenance": provenance(),
         "config": portable_config(config.to_dict()),
