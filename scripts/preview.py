@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cutmix_exp import cli
 from cutmix_exp.config import compose, from_dict, resolve
-from cutmix_exp.files import write_atomically
+from cutmix_exp.files import write_bytes
 from cutmix_exp.reporting.preview import contact_sheet
 from cutmix_exp.schema import option
 
@@ -31,7 +31,7 @@ def command(arguments: list[str]) -> int:
     sheet = contact_sheet(config, config.dataset.load(), options.rows)
     name = f"preview-{config.dataset.name}-{config.aug.name}.png"
     file = Path(options.out) if options.out else Path(config.runs_dir) / name
-    write_atomically(file, lambda f: f.write(sheet))
+    write_bytes(file, sheet)
     print(file)
     return 0
 
