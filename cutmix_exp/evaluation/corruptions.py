@@ -177,9 +177,8 @@ def contact_sheet(data: EvaluationSet, corrupter: Corrupter, names: list[str]) -
         length=0, labelsize=9, top=True, bottom=False, labeltop=True, labelbottom=False
     )
     axis.spines[:].set_visible(False)
-    figure.tight_layout()
     out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=100)
+    figure.savefig(out, format="png", dpi=100, bbox_inches="tight")
     return out.getvalue()
 
 
