@@ -65,7 +65,7 @@ def _training(of: Examined) -> list[str]:
     return ["## Training\n", _metrics(metrics), ""] if metrics else []
 
 
-def _conditions(of: Examined, suite: str, entry: dict) -> list[str]:  # type: ignore[type-arg]
+def _conditions(of: Examined, suite: str, entry: dict) -> list[str]:
     cost = entry["cost"]
     texts = [
         f"{entry['precision']} on {cost['device']} x {cost['world_size']}, "
