@@ -26,6 +26,7 @@ from cutmix_exp.data.pipeline import BatchPlan, Pipeline
 from cutmix_exp.data.sources import Dataset, FileSet
 from cutmix_exp.distributed import share_or_last
 from cutmix_exp.errors import LocalError, UserError
+from cutmix_exp.stopping import held_back, obey_parent
 
 
 def cropped(image: Tensor, dataset: Dataset, draw: np.ndarray, mirrored: bool) -> Tensor:
@@ -120,8 +121,11 @@ class Decoder:
             pin_memory=self.device.type == "cuda",
             # The loader's own seed for its workers, who draw nothing: not from torch's generator.
             generator=torch.Generator(),
+            worker_init_fn=obey_parent,
         )
-        for images in loader:
+        with held_back():  # while the workers are started
+            made = iter(loader)
+        for images in made:
             yield self._checked(images)
 
     def _checked(self, images: Tensor | str) -> Tensor:
