@@ -514,7 +514,10 @@ class hydra_messages:
         self.overrides = overrides
 
     def __enter__(self) -> None:
-        return None
+        for word in self.overrides:
+            group, _, value = word.partition("=")
+            if ".." in value and (CONFIG_DIR / group.lstrip("+").partition("@")[0]).is_dir():
+                raise UserError(f"{word}: options are files below configs/{group}; '..' leads out")
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         from hydra.errors import HydraException, OverrideParseException

@@ -128,10 +128,10 @@ def prepared(config: Config, world: World, report: Reporter, record: Record) -> 
         + ", ".join(f"{len(part):,} {name} images" for name, part in sizes.items() if part)
     )
     report.say(f"{config.model.name}: {count_parameters(trainer.model):,} parameters")
-    resumed, warning = trainer.resume()
-    if warning:
-        report.say(f"warning: {warning}")
-        record["provenance"].setdefault("warnings", []).append(warning)
+    resumed = trainer.resume()
+    if trainer.warning:
+        report.say(f"warning: {trainer.warning}")
+        record["provenance"].setdefault("warnings", []).append(trainer.warning)
     if resumed:
         report.say(f"continuing from step {trainer.step}")
     return trainer

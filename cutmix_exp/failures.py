@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -90,6 +91,11 @@ def is_lost_connection(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "gloo" in str(error).lower()
 
 
+def in_short(error: Exception) -> str:
+    """gloo's first sentence, without the place in its sources."""
+    return re.sub(r"^\[.*?\] *", "", str(error).splitlines()[0]).split(". ")[0]
+
+
 def lost_rank(error: Exception, config: Config, world: World, hurry: Callable[[], Any]) -> RankLost:
     """Which ranks are missing. The first of the others tells it."""
     missing = world.missing_ranks(ROLL_CALL, hurry)
@@ -105,6 +111,6 @@ def lost_rank(error: Exception, config: Config, world: World, hurry: Callable[[]
         if waited
         else "is gone"
     )
-    lost = RankLost(f"{subject} {fate}: {str(error).splitlines()[0][:200]}\n{AGAIN}")
+    lost = RankLost(f"{subject} {fate}: {in_short(error)}\n{AGAIN}")
     lost.local = present[0] == world.rank
     return lost

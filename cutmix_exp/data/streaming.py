@@ -25,7 +25,7 @@ from cutmix_exp.data.decoding import decode
 from cutmix_exp.data.pipeline import BatchPlan, Pipeline
 from cutmix_exp.data.sources import Dataset, FileSet
 from cutmix_exp.distributed import share_or_last
-from cutmix_exp.errors import LocalError, UserError
+from cutmix_exp.errors import AGAIN, LocalError, UserError
 from cutmix_exp.stopping import held_back, obey_parent
 
 
@@ -82,6 +82,8 @@ class DecodedCrops(TorchDataset):
         try:
             return torch.stack([self[task] for task in tasks])
         except UserError as error:
+            if not self.files.root.is_dir():
+                return f"the data set's folder {self.files.root} is gone; bring it back, {AGAIN}"
             return str(error)
 
 

@@ -80,6 +80,7 @@ class Trainer:
         lines: the lines of metrics.jsonl so far.
         seconds: time spent in training steps and evaluations, over all starts of the run.
         fingerprint: of the data.
+        warning: of what `resume` has found.
         asked_to_stop: returns the number of a signal, or 0; looked at after each step.
     """
 
@@ -110,6 +111,7 @@ class Trainer:
         self.epoch = self.epoch_step = self.step = 0
         self.lines: list[Line] = []
         self.seconds = 0.0
+        self.warning = ""
         self.sums = RunningSums(world.device)
         self.checkpoints = config.run_dir / "checkpoints"
         self.after_step: Callable[[], None] = lambda: None
@@ -387,9 +389,8 @@ class Trainer:
             best = {"run_id": self.config.run_id, "model": self.average.network.state_dict()}
             save_checkpoint(self.checkpoints / "best.pt", best | {"step": self.step})
 
-    def resume(self) -> tuple[bool, str]:
-        """Continue from the last sound checkpoint; returns whether there was one, and a warning if
-        it was not the last one.
+    def resume(self) -> bool:
+        """Continue from the last sound checkpoint, if there is one.
 
         Raises:
             UserError: no checkpoint is sound, it is of another run, or the data has changed.
@@ -397,12 +398,25 @@ class Trainer:
         found = self.world.together(
             lambda: newest_sound(self.checkpoints) if self.world.is_main else None
         )
-        file, warning = self.world.broadcast(found) or (None, "")
+        file, self.warning = self.world.broadcast(found) or (None, "")
         if file is None:
-            return False, ""
+            return False
         state = self.world.together(lambda: load_checkpoint(file))
+        self.rehearse()
         self.world.together(lambda: restore(self, state))
-        return True, warning
+        return True
+
+    def rehearse(self) -> None:
+        """Take the run's first step once more, before what it changes is restored.
+
+        DistributedDataParallel sums gradients in an order that it learns in its first backward
+        pass. Without this, a resumed run of three ranks or more would sum those of its first step
+        in another order than the unbroken run, and differ from it by rounding.
+        """
+        if self.world.size > 1:
+            self.network.train()
+            self.key_noise(0, 0.0)
+            self.train_step(self.pipeline.plan(0, 0))
 
 
 def nothing() -> list[int]:
