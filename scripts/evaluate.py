@@ -7,9 +7,12 @@ from typing import Any
 import yaml
 
 from cutmix_exp import cli
+from cutmix_exp.distributed import is_main_process
 from cutmix_exp.errors import UserError
 from cutmix_exp.evaluate import evaluate
 from cutmix_exp.evaluation.base import load_suite, suite_names
+from cutmix_exp.reporting.card import write_card
+from cutmix_exp.reporting.examined import read_examined
 from cutmix_exp.subject import find
 
 
@@ -19,7 +22,8 @@ class Options:
 
     run=RUN              a run_id, a run's directory, a checkpoint file, timm:NAME or
                          torchvision:NAME (weights that these publish)
-    suite=NAME           a file of configs/suite, or all: every one that the data at hand allows
+    suite=NAME           a file of configs/suite, or all: every one that the data at hand allows,
+                         and a report card of them in RESULTS_DIR/cards
     weights=last         of a run: last or best (by the validation split)
     runs_dir=runs        where runs are
     results_dir=results  where records are that are committed
@@ -55,7 +59,11 @@ def command(arguments: list[str]) -> int:
     if every:
         suites = [suite for suite in suites if suite.in_all]
     origin = find(options.run, Path(options.runs_dir), options.weights, rest)
-    evaluate(origin, suites, Path(options.results_dir), force=options.force, demanded=not every)
+    results, runs_dir = Path(options.results_dir), Path(options.runs_dir)
+    record = evaluate(origin, suites, results, force=options.force, demanded=not every)
+    if every and is_main_process():
+        name = str(origin.run_dir or record["run_id"])
+        print(write_card(read_examined(name, runs_dir, results), results / "cards"))
     return 0
 
 

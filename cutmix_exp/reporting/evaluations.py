@@ -44,24 +44,53 @@ def published_of(row: Row, column: Column) -> float | None:
 
 def _markdown(section: Section) -> list[str]:
     table = section.table
+    grid = _upright(section) if table.upright else _by_method(section)
+    return [f"## Budget: {section.budget}\n", table_of(*grid), *bullets(_caveats(section)), ""]
+
+
+def _by_method(section: Section) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows with a network a row."""
+    table = section.table
     published = {c.label for row in table.rows for c in table.columns if _has(row, c)}
     head = ["Method", "epochs"]
     for column in table.columns:
         head += [f"{column.label}: published"] * (column.label in published) + [column.label]
-    head += ["seeds", "protocol"]
     rows = []
     for line in section.lines:
         cells = [line.row.label, str(line.config.epochs) if line.config else ""]
         for column in table.columns:
-            if column.label in published:
-                value = published_of(line.row, column)
-                cells.append("" if value is None else f"{value:.{column.digits}f}")
+            cells += [_published(line, column)] * (column.label in published)
             cells.append(_cell(line, column))
-        shown = f"{line.protocol('precision')}, BN {line.protocol('bn_group_size')}"
-        cells += [line.seeds, shown if line.records else ""]
+        rows.append([*cells, line.seeds, _protocol(line)])
+    return [*head, "seeds", "protocol"], rows
+
+
+def _upright(section: Section) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows with a number a row, and two columns for each network."""
+    head = ["Number"]
+    for line in section.lines:
+        head += [f"{line.row.label}: published", line.row.label]
+    rows = []
+    for column in section.table.columns:
+        cells = [column.label]
+        for line in section.lines:
+            cells += [_published(line, column), _cell(line, column)]
         rows.append(cells)
-    parts = [f"## Budget: {section.budget}\n", table_of(head, rows)]
-    return [*parts, *bullets(_caveats(section)), ""]
+    for name, of in (("seeds", lambda line: line.seeds), ("protocol", _protocol)):
+        if section.has_records:
+            rows.append([name, *(cell for line in section.lines for cell in ("", of(line)))])
+    return head, rows
+
+
+def _protocol(line: Line) -> str:
+    if not line.records:
+        return ""
+    return f"{line.protocol('precision')}, BN {line.protocol('bn_group_size')}"
+
+
+def _published(line: Line, column: Column) -> str:
+    value = published_of(line.row, column)
+    return "" if value is None else f"{value:.{column.digits}f}"
 
 
 def _has(row: Row, column: Column) -> bool:

@@ -176,6 +176,8 @@ def continue_record(record: Record, before: Record) -> None:
     earlier = before["provenance"].get("starts") or [before["provenance"]]
     record["provenance"]["starts"] = [*earlier, {**record["provenance"]}]
     record["provenance"]["dirty"] = any(start["dirty"] for start in record["provenance"]["starts"])
+    if "warnings" in before["provenance"]:
+        record["provenance"]["warnings"] = list(before["provenance"]["warnings"])
 
 
 def provenance() -> dict[str, Any]:

@@ -114,6 +114,7 @@ class Table:
 
     Attributes:
         columns: of a table of evaluations: what is shown of each network; none: its test errors.
+        upright: whether those numbers run down the page, where there are many.
         common: overrides of every row.
         budget: what is run and shown where nothing else is asked for.
         seeds: number of seeds, counted from 0.
@@ -135,13 +136,18 @@ class Table:
     assumed_std: float = option(0.4, gt=0)
     caveat: str = ""
     columns: tuple[Column, ...] = ()
+    upright: bool = False
     rows: tuple[Row, ...]
 
     def __post_init__(self) -> None:
         labels = [row.label for row in self.rows]
         if len(set(labels)) < len(labels):
             raise UserError("two rows have the same label")
+        headings = {column.label for column in self.columns}
         for row in self.rows:
+            named = {name for claim in row.published for name in claim.others}
+            if self.columns and named - headings:
+                raise UserError(f"'{row.label}' names no column: {', '.join(named - headings)}")
             if row.baseline is not None and row.baseline not in labels:
                 raise UserError(f"the baseline '{row.baseline}' of '{row.label}' is no row")
 
