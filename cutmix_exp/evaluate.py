@@ -79,7 +79,7 @@ def evaluate(
             write_json(place.record, external_record(subject.name, subject.config))
         world.barrier()
         left_out = {}
-        for suite in suites:
+        for suite in [part for listed in suites for part in listed.parts()]:
             known = world.broadcast(read_record(place.record)["evaluations"].get(suite.name))
             if known and not force and is_of(known, subject, suite):
                 report.say(f"{suite.name}: in the record already; force=true runs it again")

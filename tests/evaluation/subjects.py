@@ -63,6 +63,7 @@ def subject_of(
     network: nn.Module,
     test: ImageSet,
     *words: str,
+    dataset: str = "synthetic",
     world: World = ALONE,
     class_names: tuple[str, ...] | None = None,
 ) -> Subject:
@@ -73,7 +74,7 @@ def subject_of(
     if "dataset.num_classes" not in named:
         words = (*words, f"dataset.num_classes={classes}")
     config = config_of(
-        "dataset=synthetic",
+        f"dataset={dataset}",
         f"dataset.image_size={size}",
         "model=resnet",
         "model.depth=8",
