@@ -1,18 +1,17 @@
 """Examine a trained network: python scripts/evaluate.py run=RUN suite=NAME (see README.md)."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cutmix_exp import cli
-from cutmix_exp.distributed import is_main_process
 from cutmix_exp.errors import UserError
 from cutmix_exp.evaluate import evaluate
 from cutmix_exp.evaluation.base import load_suite, suite_names
-from cutmix_exp.reporting.card import write_card
-from cutmix_exp.reporting.examined import read_examined
+from cutmix_exp.launch import in_processes
 from cutmix_exp.subject import find
 
 
@@ -59,11 +58,16 @@ def command(arguments: list[str]) -> int:
     if every:
         suites = [suite for suite in suites if suite.in_all]
     origin = find(options.run, Path(options.runs_dir), options.weights, rest)
-    results, runs_dir = Path(options.results_dir), Path(options.runs_dir)
-    record = evaluate(origin, suites, results, force=options.force, demanded=not every)
-    if every and is_main_process():
-        name = str(origin.run_dir or record["run_id"])
-        print(write_card(read_examined(name, runs_dir, results), results / "cards"))
+    work = partial(
+        evaluate,
+        origin,
+        suites,
+        Path(options.results_dir),
+        force=options.force,
+        demanded=not every,
+        card=every,
+    )
+    in_processes(origin.config, work)
     return 0
 
 

@@ -208,14 +208,7 @@ def test_several_processes_find_the_same(run: Path) -> None:
     columns = dict(np.load(run / "evaluations" / "classification.npz"))
     words = [f"run={run.name}", f"runs_dir={run.parent}", "device=cpu", "force=true"]
     words += [f"results_dir={run.parent.parent}/results", "suite=classification"]
-    done = command(
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "scripts/evaluate.py",
-        *words,
-    )
+    done = command("scripts/evaluate.py", *words, "devices=2")
     assert done.returncode == 0, done.stderr
     entry = record_of(run)["evaluations"]["classification"]
     assert entry["cost"]["world_size"] == 2

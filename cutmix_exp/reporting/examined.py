@@ -60,6 +60,12 @@ def read_examined(where: str, runs_dir: Path, results: Path) -> Examined:
     )
 
 
+def examined(record: Record, evaluations: Path) -> Examined:
+    """A record with the columns that lie in a folder."""
+    files = sorted(evaluations.glob("*.npz"))
+    return Examined(record, {file.stem: read_columns(file) for file in files}, evaluations)
+
+
 def read_columns(file: Path) -> Columns:
     with np.load(file, allow_pickle=False) as held:
         return {name: held[name] for name in held.files}
