@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cutmix_exp.data.folders import list_images
 from cutmix_exp.data.sources import ImageSet
 from cutmix_exp.errors import UserError
 from cutmix_exp.evaluation import base
@@ -23,7 +25,7 @@ from cutmix_exp.evaluation.corruptions import (
     published_findings,
 )
 from cutmix_exp.evaluation.severities import ALEXNET_ERROR, CORRUPTIONS
-from tests.data.trees import SYNSETS
+from tests.data.trees import SYNSETS, class_trees
 from tests.evaluation.subjects import Small, agreed, images_of, subject_of
 
 NETWORK = Small()
@@ -90,11 +92,12 @@ def test_all_fifteen_but_frost_which_needs_photographs(tmp_path: Path) -> None:
 
 
 def test_batches_and_subsets_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ["shot_noise", "glass_blur"]
-    whole = found("corruptions", corruptions=names)
+    names = ["shot_noise", "snow"]
+    strong = {"corruptions": names, "family": "imagenet"}  # so that draws decide
+    whole = found("corruptions", **strong)
     monkeypatch.setattr(base, "BATCH", 5)
-    parts = found("corruptions", corruptions=names)
-    some = found("corruptions", corruptions=names, limit=7)
+    parts = found("corruptions", **strong)
+    some = found("corruptions", **strong, limit=7)
     index = some.per_image["index"]
     assert len(index) == 7
     for name in names:
@@ -117,7 +120,8 @@ def cifar_c(folder: Path, names: tuple[str, ...], count: int = 12) -> ImageSet:
     labels = np.tile(rng.integers(0, 10, count, dtype=np.uint8), 5)
     np.save(folder / "labels.npy", labels)
     for name in reversed(names):
-        pixels = rng.integers(0, 256, (5 * count, 32, 32, 3), dtype=np.uint8)
+        colors = rng.integers(0, 256, (5 * count, 1, 1, 3))
+        pixels = (colors * rng.uniform(0.5, 1, (5 * count, 32, 32, 3))).astype(np.uint8)
         np.save(folder / f"{name}.npy", pixels)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     return ImageSet(images, torch.from_numpy(labels.astype(np.int64)))
@@ -176,11 +180,9 @@ def imagenet_c(folder: Path, names: tuple[str, ...], classes: tuple[str, ...] = 
 
 
 def imagenet_subject(root: Path) -> Subject:
-    network = Small(3, seed=2)
-    words = ("dataset.image_size=16", "dataset.num_classes=3", f"dataset.root={root}")
+    words = ("dataset.num_classes=3", f"dataset.root={root}", "dataset.workers=0")
     test = images_of(4, 16, 3)
-    words = (*words[1:], "dataset.workers=0")
-    return subject_of(network, test, *words, dataset="imagenet", class_names=SYNSETS)
+    return subject_of(Small(3, seed=2), test, *words, dataset="imagenet", class_names=SYNSETS)
 
 
 def test_imagenet_c_in_its_published_layout(tmp_path: Path) -> None:
@@ -234,3 +236,22 @@ def test_mce_by_hand() -> None:
     del hits["frost"]
     partly = published_findings(suite, subject, hits, np.arange(4), "x")  # type: ignore[arg-type]
     assert "mCE" not in partly.metrics and list(partly.skipped) == ["frost"]
+
+
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "occlusion", "in_between", "corruptions"])
+def test_images_that_stream_are_judged_like_those_at_hand(name: str, tmp_path: Path) -> None:
+    """The whole set, and a subset, of files that are decoded as they are needed."""
+    class_trees(tmp_path)
+    files = list_images(tmp_path / "val", SYNSETS)
+    held = imagenet_subject(tmp_path)
+    streamed = replace(held, splits=replace(held.splits, test=files))
+    (images,) = streamed.test.batches([np.arange(6)])
+    assert images.shape == (6, 3, 16, 16)
+    resident = replace(streamed, splits=replace(held.splits, test=ImageSet(images, files.labels)))
+    changes = {"corruptions": ["shot_noise"]} if name == "corruptions" else {}
+    for limit in (None, 4):
+        expected = found(name, resident, limit=limit, **changes)
+        got = found(name, streamed, limit=limit, **changes)
+        assert got.metrics == expected.metrics
+        for column, values in expected.per_image.items():
+            assert np.array_equal(got.per_image[column], values), column
