@@ -151,6 +151,46 @@ def test_cifar_c_in_its_published_layout(tmp_path: Path, cifar_subject: Subject)
     assert np.array_equal(some.per_image["fog"], scores.per_image["fog"][index])
 
 
+def test_each_severity_of_cifar_c_is_its_fifth_of_the_rows(
+    tmp_path: Path, cifar_subject: Subject
+) -> None:
+    """Labels that are right for the third severity alone, to a network that reads them off."""
+
+    class Reader(Small):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            raw = cifar_subject.normalize.inverse(images)[:, 0, 0, 0] * 255
+            return torch.nn.functional.one_hot(raw.round().long(), 10).float()
+
+    rows = np.arange(5)[:, None] * 2 + np.arange(12) % 2  # severities see 0 or 1, 2 or 3, ...
+    pixels = np.zeros((60, 32, 32, 3), np.uint8) + rows.reshape(60, 1, 1, 1).astype(np.uint8)
+    (tmp_path / "CIFAR-10-C").mkdir()
+    np.save(tmp_path / "CIFAR-10-C" / "fog.npy", pixels)
+    np.save(tmp_path / "CIFAR-10-C" / "labels.npy", np.tile(rows[2], 5).astype(np.uint8))
+    subject = replace(cifar_subject, network=Reader())
+    assert found("cifar_c", subject).curves["corruptions"]["fog"] == [
+        100.0,
+        100.0,
+        0.0,
+        100.0,
+        100.0,
+    ]
+
+
+def test_a_subset_is_corrupted_by_its_places_in_the_whole_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys: list[int] = []
+    corrupt = Corrupter.__call__
+
+    def watched(self: Corrupter, images: Any, name: str, severity: int, index: Any) -> Any:
+        keys.extend(index.tolist())
+        return corrupt(self, images, name, severity, index)
+
+    monkeypatch.setattr(Corrupter, "__call__", watched)
+    scores = found("corruptions", corruptions=["fog"], severities=[1], limit=5)
+    assert keys[:5] == scores.per_image["index"].tolist() != list(range(5))
+
+
 def test_cifar_c_that_is_not_there_or_not_whole(tmp_path: Path, cifar_subject: Subject) -> None:
     suite = load_suite("cifar_c")
     told = suite.lacks(cifar_subject)
