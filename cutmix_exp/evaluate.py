@@ -17,6 +17,8 @@ from cutmix_exp.distributed import world_of
 from cutmix_exp.errors import UserError
 from cutmix_exp.evaluation.base import Findings, Subject, Suite
 from cutmix_exp.files import write_atomically, write_bytes, write_json
+from cutmix_exp.reporting.card import write_card
+from cutmix_exp.reporting.examined import examined
 from cutmix_exp.reporting.record import (
     Record,
     device_name,
@@ -47,7 +49,13 @@ class Place:
 
 
 def evaluate(
-    origin: Origin, suites: list[Suite], results: Path, *, force: bool, demanded: bool
+    origin: Origin,
+    suites: list[Suite],
+    results: Path,
+    *,
+    force: bool,
+    demanded: bool,
+    card: bool = False,
 ) -> Record:
     """Run suites on one network; returns its record. On each of the processes that share the work.
 
@@ -57,6 +65,7 @@ def evaluate(
     Args:
         results: the folder whose `records` hold committed records.
         demanded: whether a suite that cannot be run is an error; else it is told and left out.
+        card: whether to write a report card below `results`.
 
     Raises:
         UserError: the network or its data cannot be had, a demanded suite cannot be run.
@@ -70,7 +79,7 @@ def evaluate(
             write_json(place.record, external_record(subject.name, subject.config))
         world.barrier()
         left_out = {}
-        for suite in suites:
+        for suite in [part for listed in suites for part in listed.parts()]:
             known = world.broadcast(read_record(place.record)["evaluations"].get(suite.name))
             if known and not force and is_of(known, subject, suite):
                 report.say(f"{suite.name}: in the record already; force=true runs it again")
@@ -88,7 +97,11 @@ def evaluate(
             report.say(summary(entry))
         if world.is_main:
             keep_left_out(place, left_out)
-        return read_record(place.record)
+        record = read_record(place.record)
+        if card and world.is_main:
+            page = write_card(examined(record, place.evaluations), results / "cards")
+            report.say(str(page))
+        return record
 
 
 def place_of(origin: Origin, subject: Subject, results: Path) -> Place:

@@ -144,6 +144,6 @@ def open_subject(origin: Origin, world: World, say: Callable[[str], None] = prin
             "name the right folder by dataset.root=FOLDER"
         )
     checkpoint = digest(network)
-    plain = re.sub(r"[^A-Za-z0-9_.]", "_", f"{config.dataset.name}-{config.model.name}")
+    plain = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{config.dataset.name}-{config.model.name}")
     name = record["run_id"] if record else f"external-{plain}-{checkpoint[:8]}"
     return Subject(name, checkpoint, network, config, splits, world, say)

@@ -1,6 +1,7 @@
 """Examine a trained network: python scripts/evaluate.py run=RUN suite=NAME (see README.md)."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from cutmix_exp import cli
 from cutmix_exp.errors import UserError
 from cutmix_exp.evaluate import evaluate
 from cutmix_exp.evaluation.base import load_suite, suite_names
+from cutmix_exp.launch import in_processes
 from cutmix_exp.subject import find
 
 
@@ -19,7 +21,8 @@ class Options:
 
     run=RUN              a run_id, a run's directory, a checkpoint file, timm:NAME or
                          torchvision:NAME (weights that these publish)
-    suite=NAME           a file of configs/suite, or all: every one that the data at hand allows
+    suite=NAME           a file of configs/suite, or all: every one that the data at hand allows,
+                         and a report card of them in RESULTS_DIR/cards
     weights=last         of a run: last or best (by the validation split)
     runs_dir=runs        where runs are
     results_dir=results  where records are that are committed
@@ -55,7 +58,16 @@ def command(arguments: list[str]) -> int:
     if every:
         suites = [suite for suite in suites if suite.in_all]
     origin = find(options.run, Path(options.runs_dir), options.weights, rest)
-    evaluate(origin, suites, Path(options.results_dir), force=options.force, demanded=not every)
+    work = partial(
+        evaluate,
+        origin,
+        suites,
+        Path(options.results_dir),
+        force=options.force,
+        demanded=not every,
+        card=every,
+    )
+    in_processes(origin.config, work)
     return 0
 
 

@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -105,7 +106,7 @@ class Splits:
     class_names: tuple[str, ...]
     skipped: int = 0
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Of all that the splits hold."""
         parts = (self.train, self.val, self.test)

@@ -183,6 +183,10 @@ class Suite(Part):
     name: str
     in_all: bool = option(True, identity=False)
 
+    def parts(self) -> list[Suite]:
+        """The suites that are run in its place: itself, unless it is a collection of others."""
+        return [self]
+
     def lacks(self, subject: Subject) -> str:
         """Why the suite cannot be run on this subject (data that is not at hand: which layout is
         expected, where it is published; or a network that does not fit); empty if it can."""

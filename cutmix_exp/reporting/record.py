@@ -150,6 +150,7 @@ def external_record(name: str, config: Config) -> Record:
         "status": "external",
         "dataset": config.dataset.name,
         "model": config.model.name,
+        "cost": {},
         "evaluations": {},
         "provenance": provenance(),
         "config": portable_config(config.to_dict()),
@@ -175,6 +176,8 @@ def continue_record(record: Record, before: Record) -> None:
     earlier = before["provenance"].get("starts") or [before["provenance"]]
     record["provenance"]["starts"] = [*earlier, {**record["provenance"]}]
     record["provenance"]["dirty"] = any(start["dirty"] for start in record["provenance"]["starts"])
+    if "warnings" in before["provenance"]:
+        record["provenance"]["warnings"] = list(before["provenance"]["warnings"])
 
 
 def provenance() -> dict[str, Any]:

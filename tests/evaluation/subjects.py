@@ -1,83 +1,96 @@
-"""Networks to be examined, made by hand: small, untrained or rigged."""
+"""Subjects made by hand: small networks on small sets of images."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from cutmix_exp.config import Config
 from cutmix_exp.data.sources import ImageSet, Splits
 from cutmix_exp.distributed import World
 from cutmix_exp.evaluation.base import Subject
 from tests.helpers import config_of
 
 CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
 
 
-def digits_config(*overrides: str) -> Config:
-    return config_of("dataset=digits", "model=resnet", "model.depth=8", "device=cpu", *overrides)
+class Linear(nn.Module):
+    """A linear classifier of all pixels, float32 [K, 3*S*S]."""
 
-
-def subject_of(config: Config, splits: Splits, network: nn.Module | None = None) -> Subject:
-    """An untrained network of the config, or a given one."""
-    torch.manual_seed(0)
-    built = network or config.model.build(config.dataset.num_classes)
-    built.eval().requires_grad_(False)
-    alone = World(0, 1, CPU)
-    return Subject("by-hand", "0" * 16, built, config, splits, alone, say=lambda _: None)
-
-
-def few(part: Any, count: int) -> Any:
-    """Some images of a split, of all classes."""
-    chosen = np.linspace(0, len(part) - 1, min(count, len(part))).astype(np.int64)
-    return part.at(chosen)
-
-
-def digits_subject(test: int = 60, train: int = 200, *overrides: str) -> Subject:
-    config = digits_config("precision=fp32", *overrides)
-    splits = config.dataset.load()
-    return subject_of(
-        config, replace(splits, train=few(splits.train, train), test=few(splits.test, test))
-    )
-
-
-def numbered(labels: list[int], side: int = 8) -> ImageSet:
-    """Images whose first pixel tells their number."""
-    images = torch.zeros(len(labels), 3, side, side, dtype=torch.uint8)
-    images[:, 0, 0, 0] = torch.arange(len(labels))
-    return ImageSet(images, torch.tensor(labels))
-
-
-class Told(nn.Module):
-    """Returns the logits that the first pixel of an image names."""
-
-    def __init__(self, logits: np.ndarray, config: Config) -> None:
+    def __init__(self, classes: int, size: int, seed: int = 0) -> None:
         super().__init__()
-        self.logits = torch.from_numpy(logits).float()
-        self.mean, self.std = config.dataset.mean[0], config.dataset.std[0]
+        draws = np.random.default_rng(seed).normal(size=(classes, 3 * size * size))
+        self.weight = nn.Parameter(torch.tensor(draws / size, dtype=torch.float32))
+        self.requires_grad_(False)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        first = images[:, 0, 0, 0] * self.std + self.mean
-        return self.logits[(first * 255).round().long()]
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1) @ self.weight.T
 
 
-def told_subject(logits: np.ndarray, labels: list[int], val: int = 0, **splits: Any) -> Subject:
-    """A network with these logits on its (up to 256) test images; the last `val` of them are the
-    validation split."""
-    config = digits_config("precision=fp32", f"dataset.num_classes={max(logits.shape[1], 10)}")
-    data = numbered(labels)
-    last = len(labels) - val
-    return subject_of(
-        config,
-        Splits(
-            data,
-            data.at(np.arange(last, len(labels))) if val else None,
-            data.at(np.arange(last)),
-            tuple(str(i) for i in range(logits.shape[1])),
-        ),
-        Told(logits, config),
+class Small(nn.Module):
+    """A small convolutional network whose random weights leave its classes in balance."""
+
+    def __init__(self, classes: int = 10, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 16, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(64, classes),
+        )
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)
+
+
+def images_of(
+    count: int, size: int, classes: int, seed: int = 0, labels: list[int] | None = None
+) -> ImageSet:
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (count, 3, size, size), dtype=np.uint8)
+    given = rng.integers(0, classes, count) if labels is None else np.array(labels)
+    return ImageSet(torch.from_numpy(pixels), torch.from_numpy(given.astype(np.int64)))
+
+
+def subject_of(
+    network: nn.Module,
+    test: ImageSet,
+    *words: str,
+    dataset: str = "synthetic",
+    world: World = ALONE,
+    class_names: tuple[str, ...] | None = None,
+) -> Subject:
+    """A network with a test set, under the config of the synthetic set (its mean and std)."""
+    size = test.images.shape[-1]
+    classes = max(2, int(test.labels.max()) + 1)
+    named = [word.split("=")[0] for word in words]
+    if "dataset.num_classes" not in named:
+        words = (*words, f"dataset.num_classes={classes}")
+    config = config_of(
+        f"dataset={dataset}",
+        f"dataset.image_size={size}",
+        "model=resnet",
+        "model.depth=8",
+        "precision=fp32",
+        "device=cpu",
+        *words,
     )
+    names = class_names or tuple(f"class {i}" for i in range(config.dataset.num_classes))
+    splits = Splits(test, None, test, names)
+    network.eval().requires_grad_(False)
+    return Subject("a-run", "0" * 16, network, config, splits, world, say=lambda _: None)
+
+
+def agreed(network: nn.Module, test: ImageSet) -> ImageSet:
+    """The same images, half of them labelled as the network sees them, so that some are right."""
+    subject = subject_of(network, test)
+    predicted = subject.logits_of(test.images).argmax(1)
+    labels = torch.where(torch.arange(len(test)) % 4 < 3, predicted, test.labels)
+    return ImageSet(test.images, labels)

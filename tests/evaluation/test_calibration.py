@@ -26,7 +26,7 @@ from cutmix_exp.evaluation.calibration import (
     selective,
     swept_error,
 )
-from tests.evaluation.subjects import told_subject
+from tests.evaluation.hand_made import told_subject
 
 CONFIDENCE = np.array([0.95, 0.85, 0.55, 0.65])
 CORRECT = np.array([True, False, True, False])

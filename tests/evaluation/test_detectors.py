@@ -26,7 +26,7 @@ from cutmix_exp.evaluation.detectors import (
     Odin,
     PytorchOod,
 )
-from tests.evaluation.subjects import digits_subject, subject_of
+from tests.evaluation.hand_made import digits_subject, subject_of
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from cutmix_exp.evaluation.detectors import Detector, MaxSoftmax, Score
 from cutmix_exp.evaluation.ood import METRICS, SEVEN, OutOfDistribution, separation
 from cutmix_exp.evaluation.outliers import NoiseImages
 from tests.data.trees import class_trees, tiny_imagenet, write_image
-from tests.evaluation.subjects import CPU, digits_subject, few, subject_of
+from tests.evaluation.hand_made import CPU, digits_subject, few, subject_of
 from tests.helpers import config_of
 
 # -------------------------------------------------------------------------------- metrics
