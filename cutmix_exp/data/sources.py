@@ -381,6 +381,39 @@ class Synthetic(Dataset):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Samples(Dataset):
+    """Square windows of scikit-learn's two embedded photographs, a temple and a flower, to look at
+    regularizers on: 32 training and 8 test images of each, which overlap. Errors mean nothing."""
+
+    published = Publication(
+        "D. Buechele (china.jpg) and vultilion (flower.jpg), flickr; part of scikit-learn",
+        "https://scikit-learn.org/stable/datasets/loading_other_datasets.html",
+        "CC BY 2.0",
+    )
+
+    def read(self) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
+        from sklearn.datasets import load_sample_images
+        from torchvision.transforms.v2 import functional as transforms
+
+        side = [self.image_size, self.image_size]
+        photographs = [torch.tensor(p).permute(2, 0, 1) for p in load_sample_images().images]
+        rng = np.random.default_rng(0)
+        sets = []
+        for size in (32, 8):
+            images, labels = [], np.arange(2 * size, dtype=np.int64) % 2
+            for label in labels:
+                photograph = photographs[label]
+                window = int(rng.uniform(0.6, 1.0) * photograph.shape[1])
+                top, left = rng.integers(
+                    photograph.shape[1] - window + 1, size=2
+                )  # the left square
+                cut = photograph[:, top : top + window, left : left + window]
+                images.append(transforms.resize(cut, side, antialias=True))
+            sets.append(ImageSet(torch.stack(images), torch.from_numpy(labels)))
+        return sets[0], sets[1], ("temple", "flower")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cifar(Dataset):
     """CIFAR-10 or CIFAR-100 (Krizhevsky 2009), through torchvision: checksums, and a download where
     there is a network. 50,000 training and 10,000 test images of 32x32 px."""
