@@ -14,6 +14,9 @@ from cutmix_exp.evaluation.localization_metrics import overlaps
 PAIRS = 3
 """Images beside each other, each with its map."""
 
+GAP = 0.16
+"""Room for the text above a picture, in pictures."""
+
 
 @dataclass(frozen=True)
 class Localized:
@@ -41,37 +44,38 @@ def contact_sheet(items: list[Localized], title: str) -> bytes:
 
     pairs = min(PAIRS, len(items))
     rows = -(-len(items) // pairs)
-    figure = Figure(figsize=(3.6 * pairs, 2.1 * rows + 0.5))
-    axes = figure.subplots(rows, 2 * pairs, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
+    figure = Figure(figsize=(3.8 * pairs, 2.15 * rows + 0.4))
+    axis = figure.add_axes((0.01, 0.01, 0.98, 0.93))  # one for all: each costs a tenth of a second
+    axis.set_axis_off()
+    axis.set_xlim(0, 2 * pairs + GAP * pairs)
+    axis.set_ylim(rows * (1 + GAP), 0)
+    axis.set_aspect("equal")
     for number, item in enumerate(items):
-        row, column = number // pairs, 2 * (number % pairs)
-        left, right = axes[row][column], axes[row][column + 1]
-        left.imshow(item.image, interpolation="nearest")
-        right.imshow(item.image, interpolation="nearest")
-        right.imshow(item.scores, cmap="jet", alpha=0.5, vmin=0, vmax=1)
-        for axis in (left, right):
-            _draw(axis, item.true, "red")
-            _draw(axis, item.found, "lime")
-        left.set_title(_short(item.label), fontsize=8)
+        row, column = divmod(number, pairs)
+        top, left = row * (1 + GAP) + GAP, column * (2 + GAP)
         said = "" if item.predicted == item.label else f"as {_short(item.predicted, 16)}, "
         overlap = overlaps(item.found[:, None], item.true).max(initial=0.0)
-        right.set_title(f"{said}IoU {overlap:.2f}", fontsize=8)
+        for place, text in ((left, _short(item.label)), (left + 1, f"{said}IoU {overlap:.2f}")):
+            axis.text(place + 0.48, top - 0.03, text, fontsize=8, ha="center")
+            tile = (place, place + 0.97, top + 0.97, top)  # left, right, bottom, top
+            axis.imshow(item.image, interpolation="nearest", extent=tile)
+            if place > left:
+                axis.imshow(item.scores, cmap="jet", alpha=0.5, vmin=0, vmax=1, extent=tile)
+            scale = 0.97 / np.array(item.scores.shape * 2)
+            _draw(axis, item.true * scale + [top, place, top, place], "red", 2.6)
+            _draw(axis, item.found * scale + [top, place, top, place], "lime", 1.3)
     figure.suptitle(f"{title}; true boxes red, found ones green", fontsize=9)
-    figure.tight_layout()
     out = BytesIO()
     figure.savefig(out, format="png", dpi=100)
     return out.getvalue()
 
 
-def _draw(axis: Any, boxes: Boxes, color: str) -> None:
+def _draw(axis: Any, boxes: Boxes, color: str, width: float) -> None:
     from matplotlib.patches import Rectangle
 
     for top, left, bottom, right in boxes:
-        # A pixel's centre has whole coordinates: edges lie half a pixel before.
-        corner, width, height = (left - 0.5, top - 0.5), right - left, bottom - top
-        axis.add_patch(Rectangle(corner, width, height, fill=False, color=color, linewidth=1.5))
+        size = (right - left, bottom - top)
+        axis.add_patch(Rectangle((left, top), *size, fill=False, color=color, linewidth=width))
 
 
 def _short(name: str, length: int = 24) -> str:

@@ -26,6 +26,7 @@ from cutmix_exp.evaluation.localization_metrics import (
     judge,
     max_box_accuracy,
     max_box_accuracy_v2,
+    overlaps,
     padded,
     pixel_average_precision,
     score_histograms,
@@ -100,7 +101,7 @@ class Localization(Suite):
     @property
     def thresholds(self) -> np.ndarray:
         """float64 [T] in [0, 1), with the fixed one among them."""
-        steps = np.arange(0.0, 1.0 - 1e-9, self.step)
+        steps = np.arange(0.0, 1.0 - 1e-9, self.step).round(10)
         return np.unique(np.append(steps[np.abs(steps - self.threshold) > 1e-9], self.threshold))
 
     @property
@@ -119,6 +120,7 @@ class Localization(Suite):
             selected = self._at(located, chosen) | {"threshold": float(self.thresholds[chosen])}
             metrics |= _under("selected", selected)
         metrics |= self._threshold_free(located)
+        metrics["whole_image/gt_known_localization"] = whole_image(true, subject.image_size)
         overlap = located.largest[:, self._fixed]
         localized = overlap > RIGHT
         return Findings(
@@ -267,6 +269,13 @@ class Localization(Suite):
             for i in range(count)
         ]
         return {"cam.png": contact_sheet(items, f"{subject.name}, threshold {self.threshold:g}")}
+
+
+def whole_image(true: list[Boxes], side: int) -> float:
+    """GT-known localisation, in percent, of one who says that the object fills the image: what a
+    number has to be compared with where objects are large."""
+    whole = np.array([0.0, 0.0, side, side])
+    return float(accuracy(overlaps(whole, padded(true)).max(1) > RIGHT))
 
 
 def _under(condition: str, metrics: dict[str, float]) -> dict[str, float]:
