@@ -356,7 +356,7 @@ def draw_reliability(bins: dict[str, Bins], title: str) -> bytes:
     """A PNG: accuracy by confidence, before and after scaling, over the shares of the images."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.6 * len(bins) + 0.4, 4.6), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(bins) + 0.4, 5.2), layout="constrained")
     axes = figure.subplots(2, len(bins), squeeze=False, sharex=True, height_ratios=[3, 1])
     for (upper, lower), (name, found) in zip(axes.T, bins.items(), strict=True):
         upper.plot([0, 100], [0, 100], color="0.6", linewidth=1, linestyle="--")
@@ -369,7 +369,7 @@ def draw_reliability(bins: dict[str, Bins], title: str) -> bytes:
             linewidth=1.5,
         )
         upper.set_title(f"{name}: ECE {100 * found.error():.2f}", fontsize=9)
-        upper.set(xlim=(0, 100), ylim=(0, 100), aspect="equal")
+        upper.set(xlim=(0, 100), ylim=(0, 100))
         shares = 100 * found.count / found.count.sum()
         lower.bar(100 * found.confidence, shares, width=3, color="0.5")
     axes[0][0].set_ylabel("accuracy (%)", fontsize=9)
