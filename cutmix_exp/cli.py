@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import yaml
 
+import cutmix_exp.startup  # noqa: F401 (of every script)
 from cutmix_exp import schema
 from cutmix_exp.errors import UserError
 from cutmix_exp.launch import errors_told

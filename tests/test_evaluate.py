@@ -190,6 +190,18 @@ def test_the_command(run: Path) -> None:
     assert "classification" in message
 
 
+def test_the_parts_of_a_collection_are_recorded_under_their_own_names(run: Path) -> None:
+    suite = load_suite("robustness", {"limit": 8})
+    parts = examine(run, suites=[suite])["evaluations"]
+    assert list(parts) == ["fgsm", "pgd", "occlusion", "in_between", "corruptions"]
+    assert all(entry["protocol"]["limit"] == 8 for entry in parts.values())
+    assert parts["fgsm"]["curves"]["fgsm"]["eps"] == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0]
+    assert (run / "evaluations" / "corruptions-sheet.png").exists()
+    for name in parts:
+        assert len(np.load(run / "evaluations" / f"{name}.npz")["index"]) == 8
+    assert not suite.in_all
+
+
 @pytest.mark.slow
 def test_several_processes_find_the_same(run: Path) -> None:
     alone = examine(run)["evaluations"]["classification"]["metrics"]

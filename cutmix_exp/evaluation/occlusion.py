@@ -69,7 +69,6 @@ class Occlusion(Suite):
             errors = [percent(~column) for column in hits[kind].T]
             curves[f"{kind}_occlusion"] = {
                 "side": [float(side) for side in holes],
-                "share": [side / size for side in holes],
                 "top1_error": errors,
             }
             metrics[f"{kind}/mean_top1_error"] = float(np.mean(errors))
@@ -176,7 +175,6 @@ class InBetween(Suite):
             wrong = [percent(~column) for column in hits[f"{kind}_larger"].T]
             curves[f"in_between_{kind}"] = {
                 "ratio": ratios[kind],
-                "partner_share": shares[kind],
                 "neither_error": neither,
                 "top1_error": wrong,
             }
@@ -190,6 +188,7 @@ class InBetween(Suite):
                 "partner": "keyed permutation of the images",
                 "seed": self.seed,
                 "sides": holes,
+                "cutmix_partner_share": shares["cutmix"],
                 "precision": subject.config.precision,
                 "limit": self.limit,
             },

@@ -17,6 +17,7 @@ from torch import nn
 
 from cutmix_exp.config import Config
 from cutmix_exp.errors import UserError
+from cutmix_exp.reporting.flops import forward_flops
 from cutmix_exp.training.logging import Line
 from cutmix_exp.training.trainer import best_epoch
 
@@ -127,19 +128,6 @@ def cost_of(
         "flops_per_image": forward_flops(network, config.dataset.image_size),
         "parameters": sum(p.numel() for p in network.parameters()),
     }
-
-
-def forward_flops(network: nn.Module, image_size: int) -> int:
-    """Floating-point operations of one image's forward pass; a multiply-add counts as two."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    was_training = network.training
-    network.eval()
-    device = next(network.parameters()).device
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, 3, image_size, image_size, device=device))
-    network.train(was_training)
-    return int(counter.get_total_flops())
 
 
 def external_record(name: str, config: Config) -> Record:

@@ -455,7 +455,8 @@ def set_determinism(on: bool) -> None:
     torch.backends.cudnn.allow_tf32 = False
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
-    torch.use_deterministic_algorithms(on)
+    # Not use_deterministic_algorithms: that imports inductor, which `compiled` tells by itself.
+    torch.set_deterministic_debug_mode("error" if on else "default")
     # Filling fresh memory costs time and hides nothing here.
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
     torch.backends.cudnn.benchmark = not on

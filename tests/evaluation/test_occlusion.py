@@ -103,7 +103,6 @@ def test_in_between_is_the_plain_loop() -> None:
                 wrong += said != labels[share > 0.5]
             curve = got.curves[f"in_between_{kind}"]
             assert curve["ratio"][step] == ratio
-            assert curve["partner_share"][step] == share
             assert curve["neither_error"][step] == pytest.approx(100 * neither / 30)
             assert curve["top1_error"][step] == pytest.approx(100 * wrong / 30)
 
