@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+import copy
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -81,3 +85,39 @@ def told_subject(logits: np.ndarray, labels: list[int], val: int = 0, **splits: 
         ),
         Told(logits, config),
     )
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Thread(World):
+    """A rank that is a thread of this process."""
+
+    barrier_: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
+    box: list[Any] = field(default_factory=list)
+
+    def gather(self, value: T) -> list[T]:
+        self.box[self.rank] = value
+        self.barrier_.wait(60)
+        out = list(self.box)
+        self.barrier_.wait(60)
+        return out
+
+    def broadcast(self, value: T) -> T:
+        return self.gather(value)[0]
+
+
+def by_ranks(subject: Subject, size: int, action: Callable[[Subject], T]) -> list[T]:
+    """What the action returns on each of `size` ranks, which share the work."""
+    barrier, box = threading.Barrier(size), [None] * size
+    subjects = [
+        replace(
+            subject,
+            world=Thread(rank, size, CPU, barrier_=barrier, box=box),
+            network=copy.deepcopy(subject.network),
+        )
+        for rank in range(size)
+    ]
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(action, subjects))

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from cutmix_exp.data.sources import Cifar, ImageSet
 from cutmix_exp.errors import UserError
-from cutmix_exp.evaluation import ood, outliers
+from cutmix_exp.evaluation import calibration, ood, outliers
 from cutmix_exp.evaluation.base import Subject, load_suite
 from cutmix_exp.evaluation.detectors import Detector, MaxSoftmax, Score
 from cutmix_exp.evaluation.ood import METRICS, SEVEN, OutOfDistribution, separation
 from cutmix_exp.evaluation.outliers import NoiseImages
 from tests.data.trees import class_trees, tiny_imagenet, write_image
-from tests.evaluation.hand_made import CPU, digits_subject, few, subject_of
+from tests.evaluation.hand_made import CPU, by_ranks, digits_subject, few, subject_of
 from tests.helpers import config_of
 
 # -------------------------------------------------------------------------------- metrics
@@ -112,6 +112,8 @@ def digits() -> Subject:
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures take half a second each: one test has them."""
     monkeypatch.setattr(ood, "draw_scores", lambda *_: b"")
+    monkeypatch.setattr(calibration, "draw_reliability", lambda *_: b"")
+    monkeypatch.setattr(calibration, "draw_risks", lambda *_: b"")
 
 
 @pytest.fixture(scope="module")
@@ -456,6 +458,31 @@ def test_a_list_gives_the_order(digits: Subject, tmp_path: Path) -> None:
 def larger(file: Path) -> Tensor:
     image = Image.open(file).resize((32, 32), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+# --------------------------------------------------------------------------- many processes
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("ood", {"noise_images": 23, "others": [], "batch_size": 9}),
+        ("ood_mahalanobis", {"noise_images": 23, "others": [], "batch_size": 9}),
+        ("calibration", {"batch_size": 9}),
+    ],
+)
+def test_any_number_of_processes_finds_the_same(
+    digits: Subject, tiny: Path, name: str, changes: dict[str, Any]
+) -> None:
+    """To the last bit, on every rank."""
+    if name != "calibration":
+        changes = {**changes, "root": str(tiny)}
+    alone = load_suite(name, changes).run(digits)
+    for found in by_ranks(digits, 3, lambda subject: load_suite(name, changes).run(subject)):
+        assert found.metrics == alone.metrics and found.protocol == alone.protocol
+        assert found.per_image.keys() == alone.per_image.keys()
+        for column, values in found.per_image.items():
+            assert np.array_equal(values, alone.per_image[column]), column
 
 
 # ------------------------------------------------------------------------------- variants
