@@ -6,24 +6,18 @@ import sys
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+import cutmix_exp.startup  # noqa: F401 (first: its settings must come before torch)
 from cutmix_exp.config import from_dict, hydra_messages, resolve
 from cutmix_exp.distributed import launched_world
-from cutmix_exp.errors import Interrupted, UserError
-from cutmix_exp.launch import WorkerFailed, launch, tell
+from cutmix_exp.errors import UserError
+from cutmix_exp.launch import errors_told, launch, tell
 
 
 @hydra.main(config_path="configs", config_name="train", version_base="1.3")
 def main(composed: DictConfig) -> None:
     try:
-        launch(resolve(from_dict(OmegaConf.to_container(composed, resolve=True))))
-    except UserError as error:
-        tell(error, error.status)
-    except WorkerFailed as error:
-        if error.told:
-            sys.exit(error.status)
-        tell(error, error.status)
-    except Interrupted as stopped:
-        tell(stopped, stopped.status)
+        with errors_told():
+            launch(resolve(from_dict(OmegaConf.to_container(composed, resolve=True))))
     except KeyboardInterrupt:
         tell("interrupted before the run began", 130)
 
@@ -36,8 +30,5 @@ if __name__ == "__main__":
             "-m does not work under torchrun; use: python train.py -m devices=N ...",
             UserError.status,
         )
-    try:
-        with hydra_messages([a for a in sys.argv[1:] if "=" in a]):
-            main()
-    except UserError as error:
-        tell(error, error.status)
+    with errors_told(), hydra_messages([a for a in sys.argv[1:] if "=" in a]):
+        main()

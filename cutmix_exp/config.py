@@ -45,6 +45,8 @@ class Schedule:
         epochs: what is trained; None is the budget's share of `full_epochs`.
         batch_size: global: of all devices together.
         lr: the highest rate.
+        head_lr: that of the head instead, in proportion to `lr` throughout; None is `lr`. The head is
+            what the network names in `new_layers` (VGG-16-GAP), else its last linear layer.
         momentum: of SGD; the first beta of LAMB and AdamW (the second is 0.999).
         nesterov: of SGD.
         weight_decay: added to the gradient by SGD, to the update by LAMB, decoupled in AdamW.
@@ -73,6 +75,7 @@ class Schedule:
     epochs: int | None = option(None, ge=1)
     batch_size: int = option(64, ge=1)
     lr: float = option(gt=0)
+    head_lr: float | None = option(None, gt=0, neutral=None)
     momentum: float = option(0.9, ge=0, lt=1)
     nesterov: bool = True
     weight_decay: float = option(1e-4, ge=0)

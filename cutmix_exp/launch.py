@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from typing import Any, NoReturn
 
 from cutmix_exp.config import Config
@@ -40,12 +43,22 @@ def launch(config: Config) -> None:
     from cutmix_exp import experiment
     from cutmix_exp.rundir import finished_record
 
-    if config.world_size == 1 or launched_world() is not None:
-        experiment.run(config)
-        return
-    if finished_record(config) is None:
+    alone = config.world_size == 1 or launched_world() is not None
+    if not alone and finished_record(config) is None:
         config.dataset.prepare()  # once, and its errors here, before any process is started
         config.model.prepare()
+    in_processes(config, partial(experiment.run, config))
+
+
+def in_processes(config: Config, work: Callable[[], Any]) -> None:
+    """Call `work`, which can be pickled, in this process or in `devices` of them.
+
+    Raises:
+        as `launch`.
+    """
+    if config.world_size == 1 or launched_world() is not None:
+        work()
+        return
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
@@ -53,7 +66,7 @@ def launch(config: Config) -> None:
     # The launcher would log a traceback of its own for what a process has already told.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        elastic_launch(launch_settings(config), worker)(config)
+        elastic_launch(launch_settings(config), worker)(work)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise worker_failed(config, rank, failure.exitcode) from None
@@ -100,12 +113,10 @@ def worker_failed(config: Config, rank: int, status: int) -> Exception:
     return WorkerFailed(message, status, told=status in TOLD)
 
 
-def worker(config: Config) -> None:
+def worker(work: Callable[[], Any]) -> None:
     """One of several processes. What concerns all is told by the first."""
-    from cutmix_exp import experiment
-
     try:
-        experiment.run(config)
+        work()
     except UserError as error:
         tell(error, error.status)
     except Interrupted as stopped:
@@ -118,3 +129,18 @@ def tell(error: object, status: int) -> NoReturn:
         text = f"{error}; {AGAIN}" if isinstance(error, Interrupted) else f"error: {error}"
         print(text, file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+@contextmanager
+def errors_told() -> Iterator[None]:
+    """End the program with one message and the error's status, where the user can mend it."""
+    try:
+        yield
+    except UserError as error:
+        tell(error, error.status)
+    except WorkerFailed as error:
+        if error.told:
+            sys.exit(error.status)
+        tell(error, error.status)
+    except Interrupted as stopped:
+        tell(stopped, stopped.status)

@@ -21,6 +21,7 @@ from torchvision.transforms.v2 import functional as vision
 
 from cutmix_exp.aug.base import PixelOp, Regularizer
 from cutmix_exp.data.augment import crop_boxes
+from cutmix_exp.data.boxes import Framing
 from cutmix_exp.data.decoding import decode
 from cutmix_exp.data.pipeline import BatchPlan, Pipeline
 from cutmix_exp.data.sources import Dataset, FileSet
@@ -38,8 +39,13 @@ def cropped(image: Tensor, dataset: Dataset, draw: np.ndarray, mirrored: bool) -
     if dataset.crop == "random_resized":
         ((top, left, height, width),) = crop_boxes(dataset, draw[None], *image.shape[1:]).tolist()
         image = vision.resized_crop(image, top, left, height, width, [size, size], antialias=True)
+    elif dataset.crop == "window":
+        assert dataset.crop_resize is not None, "a window has one"
+        image = vision.resize(image, [dataset.crop_resize] * 2, antialias=True)
+        top, left = draw.tolist()
+        image = image[:, top : top + size, left : left + size]
     else:
-        image = centred(image, size, size)
+        image = framed(image, Framing(size, size))
         mode = {"zeros": "constant", "reflect": "reflect"}[dataset.padding_mode]
         image = vision.pad(image, [dataset.crop_padding], padding_mode=mode)
         top, left = draw.tolist()
@@ -47,11 +53,12 @@ def cropped(image: Tensor, dataset: Dataset, draw: np.ndarray, mirrored: bool) -
     return image.flip(-1) if mirrored else image
 
 
-def centred(image: Tensor, resized: int, size: int) -> Tensor:
-    """The centre [3, size, size] of an image whose shorter side is first made `resized` long."""
-    if min(image.shape[1:]) != resized:
-        image = vision.resize(image, [resized], antialias=True)
-    return vision.center_crop(image, [size, size])
+def framed(image: Tensor, framing: Framing) -> Tensor:
+    """The centre [3, size, size] of an image [3, H, W] after resizing."""
+    height, width = image.shape[1:]
+    if framing.resized_to(height, width) != (height, width):
+        image = vision.resize(image, list(framing.resized_to(height, width)), antialias=True)
+    return vision.center_crop(image, [framing.size, framing.size])
 
 
 Task = tuple[int, np.ndarray | None, bool, tuple[int, ...]]
@@ -69,8 +76,7 @@ class DecodedCrops(TorchDataset):
         index, draw, mirrored, seeds = task
         image = decode(self.files.path(index))
         if draw is None:
-            size = self.dataset.eval_size or self.dataset.image_size
-            return centred(image, self.dataset.eval_resize or -(-size * 256 // 224), size)
+            return framed(image, self.dataset.framing)
         image = cropped(image, self.dataset, draw, mirrored)
         for op, seed in zip(self.changes, seeds, strict=True):
             image = op.change(image, seed)

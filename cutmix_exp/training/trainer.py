@@ -18,10 +18,11 @@ from cutmix_exp.aug.base import Progress
 from cutmix_exp.aug.feature import feature_maps
 from cutmix_exp.config import Config
 from cutmix_exp.data.pipeline import BatchPlan, Pipeline, make_pipeline
-from cutmix_exp.data.sources import FileSet, ImageSet, Splits
+from cutmix_exp.data.sources import Splits
 from cutmix_exp.distributed import World, share, share_or_last
 from cutmix_exp.errors import Interrupted, UserError
-from cutmix_exp.evaluation.classification import EvaluationSet, Predictions, predict
+from cutmix_exp.evaluation.base import EvaluationSet, at_hand
+from cutmix_exp.evaluation.classification import Predictions, predict
 from cutmix_exp.models.batchnorm import BatchGroups, group_batchnorm, micro_batches
 from cutmix_exp.seeding import stream, torch_seed
 from cutmix_exp.training.checkpoint import (
@@ -88,11 +89,12 @@ class Trainer:
         self.config, self.world, self.report = config, world, report
         self.fingerprint = splits.fingerprint
         set_determinism(config.trainer.deterministic)
-        self.test = self.at_hand(splits.test)
-        self.val = None if splits.val is None else self.at_hand(splits.val)
+        device = world.device
+        self.test = at_hand(splits.test, config, device)
+        self.val = None if splits.val is None else at_hand(splits.val, config, device)
         # Drawn, since a set may be ordered by class; the same images in every run on the set.
         drawn = stream(0, "probe").permutation(len(splits.train))[:PROBE]
-        self.probe = self.at_hand(splits.train.at(np.sort(drawn)))
+        self.probe = at_hand(splits.train.at(np.sort(drawn)), config, device)
 
         self.model = make_model(config).to(memory_format=config.model.memory_format)
         self.model.to(world.device)
@@ -276,14 +278,6 @@ class Trainer:
 
     # -------------------------------------------------------------------------- evaluation
 
-    def at_hand(self, data: ImageSet | FileSet) -> EvaluationSet:
-        """A set ready to be evaluated: on the device, or decoded as it is needed."""
-        if isinstance(data, ImageSet):
-            return data.to(self.world.device)
-        from cutmix_exp.data.streaming import StreamedSet
-
-        return StreamedSet(data, self.config.dataset, self.world.device)
-
     def predict(self, data: EvaluationSet, network: nn.Module | None = None) -> Predictions:
         """Of the network that counts: the moving average, where the recipe has one."""
         network = self.average.network if network is None else network
@@ -461,7 +455,8 @@ def set_determinism(on: bool) -> None:
     torch.backends.cudnn.allow_tf32 = False
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
-    torch.use_deterministic_algorithms(on)
+    # Not use_deterministic_algorithms: that imports inductor, which `compiled` tells by itself.
+    torch.set_deterministic_debug_mode("error" if on else "default")
     # Filling fresh memory costs time and hides nothing here.
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
     torch.backends.cudnn.benchmark = not on
