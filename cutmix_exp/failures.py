@@ -111,6 +111,8 @@ def lost_rank(error: Exception, config: Config, world: World, hurry: Callable[[]
         if waited
         else "is gone"
     )
+    if len(missing) > 1:
+        fate = fate.replace("does not", "do not").replace("is gone", "are gone")
     lost = RankLost(f"{subject} {fate}: {in_short(error)}\n{AGAIN}")
     lost.local = present[0] == world.rank
     return lost

@@ -76,14 +76,15 @@ def run_directory(config: Config, world: World) -> Iterator[list[str]]:
 def _held(file: TextIO, directory: Path) -> Iterator[list[str]]:
     """Hold the lock `file`, and say in it who does.
 
-    The kernel gives the lock back when its holder dies, however it dies. On file systems of
-    several machines such a lock may hold on one of them only: so a file that names a process of
-    another machine is watched for signs of life before it counts as stale.
+    The kernel gives the lock back when its holder dies, however it dies; processes that it has
+    forked do not share it. On file systems of several machines such a lock may hold on one of them
+    only: so a file that names a process of another machine is watched for signs of life before it
+    counts as stale.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno != errno.EWOULDBLOCK:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
             raise UserError(
                 f"{directory}: this file system knows no locks ({error.strerror}); two processes "
                 "could ruin each other's run; set runs_dir=FOLDER on another one"

@@ -1,5 +1,6 @@
 """A driver for the tests: runs train.py in this process and kills it with SIGKILL at a chosen
-moment. Usage: crash.py MOMENT COUNT train.py-overrides...; MOMENT is step, evaluation or save."""
+moment. Usage: crash.py MOMENT COUNT train.py-overrides...; MOMENT is step, evaluation or save. With
+CRASH_ONCE in the environment it does so under torchrun, in rank 1 of the first attempt only."""
 
 import io
 import os
@@ -13,6 +14,10 @@ import torch
 from cutmix_exp.training import optim, trainer
 
 MOMENT, COUNT = sys.argv[1], int(sys.argv[2])
+if "CRASH_ONCE" in os.environ and (
+    os.environ["RANK"] != "1" or os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
+):
+    COUNT = -1
 calls = 0
 
 

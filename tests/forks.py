@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.flop_counter
+import torch.utils.tensorboard  # what every run imports, once for all forks
 
+import cutmix_exp.experiment  # noqa: F401
 from tests.helpers import ROOT
 
 
@@ -118,6 +121,13 @@ def fork_ranks(
         )
 
     return [start(rank) for rank in range(size)]
+
+
+def ends(fork: Fork, status: int) -> str:
+    """What a fork has said that must end so, without a traceback."""
+    assert fork.wait() == status, fork.said()
+    assert "Traceback" not in fork.said(), fork.said()
+    return fork.said()
 
 
 def train_ranks(size: int, *overrides: str, folder: Path, before: Any = None) -> list[Fork]:

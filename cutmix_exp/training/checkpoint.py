@@ -40,7 +40,7 @@ class Damaged(UserError):
 
 def save_checkpoint(path: Path, state: State) -> None:
     """Write a checkpoint; a crash in the middle leaves the one before it in place."""
-    content = {"schema": SCHEMA, **state}
+    content = _undigested({"schema": SCHEMA, **state})
     content["digest"] = digest(content)
     write_atomically(path, lambda file: torch.save(content, file))
 
