@@ -184,6 +184,7 @@ class Trainer:
         sync_bn: BatchNorm statistics over all devices (GPUs only).
         deterministic: the same bits from the same command on the same hardware.
         compile: torch.compile the network.
+        timeout_minutes: how long the processes of a run wait for one of them before they end.
     """
 
     max_steps: int | None = option(None, ge=1)
@@ -192,6 +193,7 @@ class Trainer:
     sync_bn: bool = False
     deterministic: bool = True
     compile: bool = option(False, identity=False)
+    timeout_minutes: float = option(30.0, gt=0, identity=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -515,7 +517,10 @@ class hydra_messages:
         self.overrides = overrides
 
     def __enter__(self) -> None:
-        return None
+        for word in self.overrides:
+            group, _, value = word.partition("=")
+            if ".." in value and (CONFIG_DIR / group.lstrip("+").partition("@")[0]).is_dir():
+                raise UserError(f"{word}: options are files below configs/{group}; '..' leads out")
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         from hydra.errors import HydraException, OverrideParseException

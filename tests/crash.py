@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from cutmix_exp.training import trainer
+from cutmix_exp.training import optim, trainer
 
 MOMENT, COUNT = sys.argv[1], int(sys.argv[2])
 calls = 0
@@ -40,7 +40,7 @@ def counted(original):
 
 torch_save = torch.save
 if MOMENT == "step":
-    torch.optim.SGD.step = counted(torch.optim.SGD.step)
+    optim.SGD.step = counted(optim.SGD.step)
 elif MOMENT == "evaluation":
     trainer.predict = counted(trainer.predict)
 elif MOMENT == "save":

@@ -143,6 +143,13 @@ def mix_targets(plan: MixPlan, sources: list[Tensor]) -> Tensor:
     return mixed
 
 
+def taken(images: Tensor, row: np.ndarray) -> Tensor:
+    """images[row], without a copy where that is all of them in their order."""
+    if len(row) == len(images) and np.array_equal(row, np.arange(len(row))):
+        return images
+    return images[torch.from_numpy(row)]
+
+
 class PlanReceiver:
     """What a mixer has put into the network: here nothing."""
 
@@ -186,6 +193,20 @@ class Mixer(Part):
     def apply(self, plan: MixPlan, sources: list[Tensor]) -> Tensor:
         """Combine `plan.num_sources` image tensors [n, C, H, W] into one; inputs stay as they are."""
         raise NotImplementedError
+
+    def combine(
+        self, plan: MixPlan, images: Tensor, rows: list[np.ndarray]
+    ) -> tuple[MixPlan, Tensor]:
+        """`finish` and `apply` for images out of a pool that is the caller's own: it may be
+        overwritten, where that saves a pass over memory. The result is that of `apply`.
+
+        Args:
+            images: [m, C, H, W].
+            rows: int64 [n] for each source: where its images are in the pool.
+        """
+        sources = [taken(images, row) for row in rows]
+        plan = self.finish(plan, sources)
+        return plan, self.apply(plan, sources)
 
 
 @dataclass(frozen=True, kw_only=True)

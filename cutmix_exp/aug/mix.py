@@ -19,6 +19,7 @@ from cutmix_exp.aug.base import (
     MixPlan,
     Partner,
     draw_partner,
+    taken,
     two_weights,
     unmixed,
 )
@@ -94,6 +95,30 @@ def paste_partner(plan: MixPlan, sources: list[Tensor]) -> Tensor:
         return sources[0]
     boxes = torch.from_numpy(plan.boxes).to(sources[0].device)
     return paste_boxes(sources[0], sources[1], boxes)
+
+
+def paste_in_place(plan: MixPlan, images: Tensor, rows: list[np.ndarray]) -> Tensor:
+    """`paste_partner` of images out of a pool [m, C, H, W] that may be overwritten (see
+    `Mixer.combine`): what lies outside the boxes is not touched where the pool is the host."""
+    if plan.boxes is None:
+        return taken(images, rows[0])
+    if (plan.boxes == plan.boxes[0]).all():
+        top, left, bottom, right = plan.boxes[0].tolist()
+        box = (slice(None), slice(None), slice(top, bottom), slice(left, right))
+        partners = images[box][torch.from_numpy(rows[1])]  # copied before the pool changes
+        mixed = taken(images, rows[0])
+        mixed[box] = partners
+        return mixed
+    if images.device.type != "cpu":
+        boxes = torch.from_numpy(plan.boxes).to(images.device)
+        return paste_boxes(taken(images, rows[0]), images[torch.from_numpy(rows[1])], boxes)
+    mixed = images[torch.from_numpy(rows[0])]
+    pool, out = images.numpy(), mixed.numpy()
+    for image, row, (top, left, bottom, right) in zip(
+        out, rows[1].tolist(), plan.boxes.tolist(), strict=True
+    ):
+        image[:, top:bottom, left:right] = pool[row, :, top:bottom, left:right]
+    return mixed
 
 
 def cut_prob(image_size: int) -> float:
@@ -243,6 +268,11 @@ class CutMix(PairMixer):
 
     def apply(self, plan: MixPlan, sources: list[Tensor]) -> Tensor:
         return paste_partner(plan, sources)
+
+    def combine(
+        self, plan: MixPlan, images: Tensor, rows: list[np.ndarray]
+    ) -> tuple[MixPlan, Tensor]:
+        return plan, taken(images, rows[0]) if plan.layer else paste_in_place(plan, images, rows)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,5 +53,10 @@ class MixSwitch(Mixer):
     def apply(self, plan: MixPlan, sources: list[Tensor]) -> Tensor:
         return self._chosen(plan).apply(plan, sources)
 
+    def combine(
+        self, plan: MixPlan, images: Tensor, rows: list[np.ndarray]
+    ) -> tuple[MixPlan, Tensor]:
+        return self._chosen(plan).combine(plan, images, rows)
+
     def _chosen(self, plan: MixPlan) -> Mixer:
         return self.first if plan.arrays["is_first"][0] else self.second

@@ -197,25 +197,27 @@ class Pipeline:
         index = self.put(plan.index[positions])
         return F.one_hot(self.labels[index], self.num_classes).float()
 
-    def sources(self, plan: BatchPlan, positions: np.ndarray) -> list[Tensor]:
-        """The unmixed images [n, 3, H, W] that meet at each position: its own, then its partners'.
-
-        Each image is made once, however often it is a source.
-        """
+    def pool(self, plan: BatchPlan, positions: np.ndarray) -> tuple[Tensor, list[np.ndarray]]:
+        """The unmixed images that are needed at some positions [m, 3, H, W], each made once however
+        often it is a source, and where in them each source's images are, int64 [n] each."""
         where = np.stack([positions, *plan.mix.image_partners[:, positions]])
         if len(where) == 1:
-            return [self.images_at(plan, positions)]
+            return self.images_at(plan, positions), [np.arange(len(positions))]
         needed, which = np.unique(where, return_inverse=True)
-        images = self.images_at(plan, needed)
-        return [images[torch.from_numpy(row)] for row in which.reshape(where.shape)]
+        return self.images_at(plan, needed), list(which.reshape(where.shape))
+
+    def sources(self, plan: BatchPlan, positions: np.ndarray) -> list[Tensor]:
+        """The unmixed images [n, 3, H, W] that meet at each position: its own, then its partners'."""
+        images, rows = self.pool(plan, positions)
+        return [images[torch.from_numpy(row)] for row in rows]
 
     def batch(self, plan: BatchPlan, positions: np.ndarray) -> Batch:
         """The mixed images and soft labels of some positions of the global batch."""
-        sources = self.sources(plan, positions)
-        mix = self.aug.mix.finish(plan.mix.at(positions), sources)
+        images, rows = self.pool(plan, positions)
+        mix, mixed = self.aug.mix.combine(plan.mix.at(positions), images, rows)
         labels = [positions, *mix.partners]
         return Batch(
-            images=self.aug.mix.apply(mix, sources),
+            images=mixed,
             targets=mix_targets(mix, [self.targets_at(plan, p) for p in labels]),
             mix=mix,
             global_size=len(plan),
@@ -242,23 +244,51 @@ class ResidentPipeline(Pipeline):
         if dataset.crop == "random_resized":
             self.images = held.images
         else:
-            # A view [N, 3, 2p+1, 2p+1, H, W]: every window of every padded image, without a copy.
-            padded = pad_images(held.images, dataset.crop_padding, dataset.padding_mode)
-            self.windows = padded.unfold(2, self.shape[0], 1).unfold(3, self.shape[1], 1)
+            self.images = pad_images(held.images, dataset.crop_padding, dataset.padding_mode)
+            self.windows = windows(self.images, self.shape)
 
     def pixels(self, plan: BatchPlan, positions: np.ndarray) -> Tensor:
-        index, mirrored = self.put(plan.index[positions]), self.put(plan.mirrored[positions])
+        index, mirrored = plan.index[positions], plan.mirrored[positions]
         if self.dataset.crop == "random_resized":
             boxes = crop_boxes(self.dataset, plan.crop[positions], *self.shape)
-            images = resized_crops(self.images[index], self.put(boxes), self.shape[0])
+            images = resized_crops(self.images[self.put(index)], self.put(boxes), self.shape[0])
+            images = mirror(images, self.put(mirrored))
+        elif self.device.type == "cpu":
+            images = self.cut_on_the_host(index, plan.crop[positions], mirrored)
         else:
             corner = self.put(plan.crop[positions])
-            images = self.windows[index, :, corner[:, 0], corner[:, 1]]
-        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+            images = self.windows[self.put(index), :, corner[:, 0], corner[:, 1]]
+            images = mirror(images, self.put(mirrored))
         for name, op in self.aug.on_pixels.items():
             seeds = plan.image[name][positions].tolist()
             images = torch.stack([op.change(i, s) for i, s in zip(images, seeds, strict=True)])
         return images
+
+    def cut_on_the_host(
+        self, index: np.ndarray, corner: np.ndarray, mirrored: np.ndarray
+    ) -> Tensor:
+        """Windows uint8 [n, 3, H, W], some mirrored, in one pass over memory: a mirrored window is
+        one of the mirrored padded image, of which NumPy has a view."""
+        held = self.images.numpy()
+        out = np.empty((len(index), 3, *self.shape), np.uint8)
+        last = held.shape[3] - self.shape[1]
+        for which, padded, left in (
+            (~mirrored, held, corner[:, 1]),
+            (mirrored, held[..., ::-1], last - corner[:, 1]),
+        ):
+            cut = np.lib.stride_tricks.sliding_window_view(padded, self.shape, axis=(2, 3))
+            out[which] = cut[index[which], :, corner[which, 0], left[which]]
+        return torch.from_numpy(out)
+
+
+def windows(padded: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A view [N, 3, 2p+1, 2p+1, H, W]: every window of every padded image, without a copy."""
+    return padded.unfold(2, shape[0], 1).unfold(3, shape[1], 1)
+
+
+def mirror(images: Tensor, which: Tensor) -> Tensor:
+    """Images [n, 3, H, W], of which some (bool [n]) are mirrored."""
+    return torch.where(which[:, None, None, None], images.flip(-1), images)
 
 
 def make_pipeline(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.util
 import os
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -109,7 +111,7 @@ class Splits:
     class_names: tuple[str, ...]
     skipped: int = 0
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Of all that the splits hold."""
         parts = (self.train, self.val, self.test)
@@ -319,26 +321,63 @@ class Dataset(Part):
 def stratified_split(labels: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Sorted indices of the images kept and held out, each class in proportion.
 
+    The same images as scikit-learn's `train_test_split(stratify=labels, test_size=size,
+    random_state=seed)` holds out, without the seconds that its import takes.
+
     Raises:
         UserError: there are too few images for such a split.
     """
-    from sklearn.model_selection import train_test_split
-
-    classes = len(np.unique(labels))
+    _, places, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    classes = len(counts)
     if not classes <= size <= len(labels) - classes:
         raise UserError(
             f"dataset.val_size={size}: of {len(labels)} training images in {classes} classes, "
             f"between {classes} and {len(labels) - classes} can be held out (0: none)"
         )
-    try:
-        kept, held_out = train_test_split(
-            np.arange(len(labels)), test_size=size, stratify=labels, random_state=seed
-        )
-    except ValueError as error:
+    if counts.min() < 2:
         raise UserError(
-            f"dataset.val_size={size}: no stratified split is possible: {error}"
-        ) from None
-    return np.sort(kept), np.sort(held_out)
+            f"dataset.val_size={size}: no stratified split is possible: a class has one image only"
+        )
+    rng = np.random.RandomState(seed)
+    kept = _proportional(counts, len(labels) - size, rng)
+    held = _proportional(counts - kept, size, rng)
+    out = []
+    for name, (keep, hold) in enumerate(zip(kept, held, strict=True)):
+        members = rng.permutation(np.flatnonzero(places == name))
+        out.append(members[keep : keep + hold])
+    held_out = np.sort(np.concatenate(out))
+    return np.setdiff1d(np.arange(len(labels)), held_out), held_out
+
+
+def _proportional(counts: np.ndarray, draws: int, rng: np.random.RandomState) -> np.ndarray:
+    """How many of `draws` fall to each class, int64, in proportion to `counts`: rounded down, and
+    what is left goes to the largest remainders, by lot among equal ones."""
+    exact = counts / counts.sum() * draws
+    given = np.floor(exact)
+    remainders, left = exact - given, int(draws - given.sum())
+    for remainder in np.sort(np.unique(remainders))[::-1]:
+        if not left:
+            break
+        (equal,) = np.where(remainders == remainder)
+        chosen = rng.choice(equal, size=min(len(equal), left), replace=False)
+        given[chosen] += 1
+        left -= len(chosen)
+    return given.astype(np.int64)
+
+
+def digits_file() -> Path:
+    """Where scikit-learn keeps the digits: 64 pixels in 0..16 and a label a line. It is found
+    without importing the package, which takes seconds.
+
+    Raises:
+        UserError: scikit-learn is not installed, or keeps them elsewhere.
+    """
+    found = importlib.util.find_spec("sklearn")
+    folder = Path(found.origin).parent if found and found.origin else Path()
+    file = folder / "datasets" / "data" / "digits.csv.gz"
+    if not file.exists():
+        raise UserError(f"dataset=digits is part of scikit-learn, but {file} is not there")
+    return file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,19 +393,17 @@ class Digits(Dataset):
     )
 
     def read(self) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
-        from sklearn.datasets import load_digits
-
         if self.image_size % 8:
             nearest = max(8, self.image_size // 8 * 8)
             raise UserError(
                 f"dataset.image_size={self.image_size} is no multiple of the digits' 8 px, each of "
                 f"which is repeated; set dataset.image_size={nearest}"
             )
-        digits = load_digits()
-        grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+        digits = np.loadtxt(digits_file(), delimiter=",")
+        grey = np.rint(digits[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
         scale = self.image_size // grey.shape[1]
         images = np.repeat(np.repeat(grey, scale, 1), scale, 2)[:, None].repeat(3, 1)
-        labels = digits.target.astype(np.int64)
+        labels = digits[:, -1].astype(np.int64)
         train, test = stratified_split(labels, 360, seed=0)
         whole = ImageSet(torch.from_numpy(images), torch.from_numpy(labels))
         return whole.at(train), whole.at(test), tuple("0123456789")
@@ -416,6 +453,39 @@ class Synthetic(Dataset):
                 ImageSet(torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(labels))
             )
         return sets[0], sets[1], tuple(f"class {i}" for i in range(self.num_classes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples(Dataset):
+    """Square windows of scikit-learn's two embedded photographs, a temple and a flower, to look at
+    regularizers on: 32 training and 8 test images of each, which overlap. Errors mean nothing."""
+
+    published = Publication(
+        "D. Buechele (china.jpg) and vultilion (flower.jpg), flickr; part of scikit-learn",
+        "https://scikit-learn.org/stable/datasets/loading_other_datasets.html",
+        "CC BY 2.0",
+    )
+
+    def read(self) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
+        from sklearn.datasets import load_sample_images
+        from torchvision.transforms.v2 import functional as transforms
+
+        side = [self.image_size, self.image_size]
+        photographs = [torch.tensor(p).permute(2, 0, 1) for p in load_sample_images().images]
+        rng = np.random.default_rng(0)
+        sets = []
+        for size in (32, 8):
+            images, labels = [], np.arange(2 * size, dtype=np.int64) % 2
+            for label in labels:
+                photograph = photographs[label]
+                window = int(rng.uniform(0.6, 1.0) * photograph.shape[1])
+                top, left = rng.integers(
+                    photograph.shape[1] - window + 1, size=2
+                )  # the left square
+                cut = photograph[:, top : top + window, left : left + window]
+                images.append(transforms.resize(cut, side, antialias=True))
+            sets.append(ImageSet(torch.stack(images), torch.from_numpy(labels)))
+        return sets[0], sets[1], ("temple", "flower")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,8 @@ from cutmix_exp.data.decoding import decode
 from cutmix_exp.data.pipeline import BatchPlan, Pipeline
 from cutmix_exp.data.sources import Dataset, FileSet
 from cutmix_exp.distributed import share_or_last
-from cutmix_exp.errors import LocalError, UserError
+from cutmix_exp.errors import AGAIN, LocalError, UserError
+from cutmix_exp.stopping import held_back, obey_parent
 
 
 def cropped(image: Tensor, dataset: Dataset, draw: np.ndarray, mirrored: bool) -> Tensor:
@@ -87,6 +88,8 @@ class DecodedCrops(TorchDataset):
         try:
             return torch.stack([self[task] for task in tasks])
         except UserError as error:
+            if not self.files.root.is_dir():
+                return f"the data set's folder {self.files.root} is gone; bring it back, {AGAIN}"
             return str(error)
 
 
@@ -126,8 +129,11 @@ class Decoder:
             pin_memory=self.device.type == "cuda",
             # The loader's own seed for its workers, who draw nothing: not from torch's generator.
             generator=torch.Generator(),
+            worker_init_fn=obey_parent,
         )
-        for images in loader:
+        with held_back():  # while the workers are started
+            made = iter(loader)
+        for images in made:
             yield self._checked(images)
 
     def _checked(self, images: Tensor | str) -> Tensor:

@@ -23,7 +23,7 @@ from cutmix_exp.data.pipeline import Normalizer
 from cutmix_exp.data.sources import FileSet, ImageSet, Splits
 from cutmix_exp.distributed import World
 from cutmix_exp.errors import UserError
-from cutmix_exp.schema import Part
+from cutmix_exp.schema import Part, option
 
 BATCH = 250
 """Images that a network sees at once where a suite asks for no other number."""
@@ -175,11 +175,17 @@ class Suite(Part):
         version: counted up when a change of the code moves the suite's numbers, so that what was
             kept of the old code is not taken for the new one's.
         name: of its YAML.
+        in_all: whether `suite=all` runs it; variants of another suite stay out.
     """
 
     version: ClassVar[int] = 1
 
     name: str
+    in_all: bool = option(True, identity=False)
+
+    def parts(self) -> list[Suite]:
+        """The suites that are run in its place: itself, unless it is a collection of others."""
+        return [self]
 
     def lacks(self, subject: Subject) -> str:
         """Why the suite cannot be run on this subject (data that is not at hand: which layout is

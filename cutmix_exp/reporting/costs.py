@@ -9,7 +9,8 @@ import torch
 from cutmix_exp import schema
 from cutmix_exp.config import Config, from_dict
 from cutmix_exp.models.base import Model
-from cutmix_exp.reporting.record import Record, forward_flops
+from cutmix_exp.reporting.flops import BACKWARD, forward_flops
+from cutmix_exp.reporting.record import Record
 
 TRAIN_IMAGES = {
     "cifar10": 50_000,
@@ -20,8 +21,6 @@ TRAIN_IMAGES = {
     "digits": 1_437,
 }
 """Training images by data set; a cost is unknown where there is no number."""
-BACKWARD = 2.0
-"""The backward pass takes about twice the forward pass's arithmetic."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -15,6 +16,17 @@ from cutmix_exp.errors import UserError
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
+class SGD(torch.optim.SGD):
+    """torch's SGD without the decorators of its methods: they import torch.compile, in order to
+    keep it out, which takes two seconds at the start of each process."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
+    zero_grad = inspect.unwrap(torch.optim.SGD.zero_grad)
+    add_param_group = inspect.unwrap(torch.optim.SGD.add_param_group)
+    state_dict = inspect.unwrap(torch.optim.SGD.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.SGD.load_state_dict)
+
+
 def make_optimizer(schedule: Schedule, network: nn.Module) -> torch.optim.Optimizer:
     """The recipe's optimizer; SGD with weight decay on all parameters, BatchNorm and biases
     included, is the authors' (train.py)."""
@@ -26,7 +38,7 @@ def make_optimizer(schedule: Schedule, network: nn.Module) -> torch.optim.Optimi
         return Lamb(groups, lr=lr, betas=betas, weight_decay=decay, max_grad_norm=None)
     if schedule.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=decay)
-    return torch.optim.SGD(
+    return SGD(
         groups,
         lr=lr,
         momentum=schedule.momentum,

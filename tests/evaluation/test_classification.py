@@ -113,7 +113,7 @@ def test_each_image_once_in_order_at_any_world_size(
 
     for rank in range(size - 1):
         predict_part(network, images, Keep(rank, size, CPU))
-    last = Pretend(size - 1, size, CPU, tuple(parts))
+    last = Pretend(size - 1, size, CPU, others=tuple(parts))
     together = predict(network, images, Normalizer(DATASET, CPU), last, torch.float32)
     for name in ("loss", "label", "predicted", "confidence", "in_top1", "in_top5"):
         assert np.array_equal(getattr(together, name), getattr(alone, name)), name

@@ -1,0 +1,1 @@
+"""Speed beside the alternatives: see scripts/benchmark.py."""
