@@ -14,6 +14,9 @@ from cutmix_exp.evaluation.localization_metrics import overlaps
 PAIRS = 3
 """Images beside each other, each with its map."""
 
+SIDE = 1.7
+"""Of a picture in inches."""
+
 GAP = 0.16
 """Room for the text above a picture, in pictures."""
 
@@ -44,12 +47,11 @@ def contact_sheet(items: list[Localized], title: str) -> bytes:
 
     pairs = min(PAIRS, len(items))
     rows = -(-len(items) // pairs)
-    figure = Figure(figsize=(3.8 * pairs, 2.15 * rows + 0.4))
-    axis = figure.add_axes((0.01, 0.01, 0.98, 0.93))  # one for all: each costs a tenth of a second
+    wide, high = pairs * (2 + GAP), rows * (1 + GAP)
+    figure = Figure(figsize=(SIDE * wide, SIDE * high + 0.3))
+    # One for all: each would cost a tenth of a second.
+    axis = figure.add_axes((0.01, 0, 0.99, SIDE * high / (SIDE * high + 0.3)))
     axis.set_axis_off()
-    axis.set_xlim(0, 2 * pairs + GAP * pairs)
-    axis.set_ylim(rows * (1 + GAP), 0)
-    axis.set_aspect("equal")
     for number, item in enumerate(items):
         row, column = divmod(number, pairs)
         top, left = row * (1 + GAP) + GAP, column * (2 + GAP)
@@ -64,6 +66,7 @@ def contact_sheet(items: list[Localized], title: str) -> bytes:
             scale = 0.97 / np.array(item.scores.shape * 2)
             _draw(axis, item.true * scale + [top, place, top, place], "red", 2.6)
             _draw(axis, item.found * scale + [top, place, top, place], "lime", 1.3)
+    axis.set(xlim=(0, wide), ylim=(high, 0), aspect="auto")
     figure.suptitle(f"{title}; true boxes red, found ones green", fontsize=9)
     out = BytesIO()
     figure.savefig(out, format="png", dpi=100)
