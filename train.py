@@ -30,5 +30,8 @@ if __name__ == "__main__":
             "-m does not work under torchrun; use: python train.py -m devices=N ...",
             UserError.status,
         )
-    with errors_told(), hydra_messages([a for a in sys.argv[1:] if "=" in a]):
-        main()
+    try:
+        with errors_told(), hydra_messages([a for a in sys.argv[1:] if "=" in a]):
+            main()
+    except KeyboardInterrupt:
+        tell("interrupted before the runs began", 130)

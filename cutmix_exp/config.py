@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 
 from cutmix_exp import schema
 from cutmix_exp.aug.base import NoMix, Regularizer
@@ -553,6 +554,10 @@ def _fields_near(path: str, overrides: list[str]) -> list[str] | None:
         node: Any = compose(choices)
     except UserError:
         return None
+    launcher = (
+        CONFIG_DIR / "hydra" / "launcher" / "sweep.yaml"
+    )  # Hydra composes it for itself alone
+    node["hydra"] = {"launcher": yaml.safe_load(launcher.read_text())}
     for name in path.split(".")[:-1]:
         node = node.get(name) if isinstance(node, dict) else None
-    return sorted(k for k in node if k != "_target_") if isinstance(node, dict) else None
+    return sorted(k for k in node if k[0] != "_") if isinstance(node, dict) else None

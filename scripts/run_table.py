@@ -1,8 +1,7 @@
 """Run what is missing of a table: python scripts/run_table.py table=NAME (see README.md)."""
 
 import shlex
-import subprocess
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,15 +10,17 @@ from cutmix_exp.config import Config, compose, from_dict, resolve
 from cutmix_exp.errors import UserError
 from cutmix_exp.files import write_json
 from cutmix_exp.reporting.costs import Cost, estimate
-from cutmix_exp.reporting.record import REPOSITORY, portable, read_record
+from cutmix_exp.reporting.record import portable, read_record
 from cutmix_exp.reporting.render import render
 from cutmix_exp.reporting.tables import load_budget, load_records, load_table, row_config
 from cutmix_exp.schema import option
+from cutmix_exp.sweeps.jobs import Job, Settings
+from cutmix_exp.sweeps.sweep import Sweep
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """Train every row of a table that has no record yet, one after the other.
+class Options(Settings):
+    """Train every row of a table that has no record yet.
 
     table=NAME           a file of configs/table
     budget=NAME          smoke, short, medium or paper; default: the table's
@@ -28,6 +29,9 @@ class Options:
     tflops=20            of the cost estimate: 10^12 operations per second that a device sustains,
                          assumed where no record of the same data set and model has a speed
     results_dir=results  where records/ and tables/ are kept
+    jobs=N               runs at a time; default: as many as the GPUs allow, one on a CPU
+    retries=1            further tries of a run that failed
+    engine=local         or slurm, ray: see docs/sweeps.md, also for slurm={...} and ray={...}
 
     Every other name=value is handed to train.py, e.g. devices=4 or precision=fp32.
     """
@@ -40,24 +44,6 @@ class Options:
     results_dir: str = "results"
 
 
-@dataclass(frozen=True)
-class Job:
-    """One run of a table."""
-
-    label: str
-    overrides: list[str]
-    config: Config
-    record: Path
-
-    @property
-    def is_done(self) -> bool:
-        return self.record.exists() and read_record(self.record)["status"] == "complete"
-
-    @property
-    def name(self) -> str:
-        return f"{self.label}, seed {self.config.seed}"
-
-
 def jobs_of(options: Options, extra: list[str]) -> tuple[list[Job], list[str]]:
     """The runs of a table, and for each row that cannot be run a line that says why."""
     table = load_table(options.table)
@@ -67,15 +53,15 @@ def jobs_of(options: Options, extra: list[str]) -> tuple[list[Job], list[str]]:
         found = row_config(table, row)
         if not isinstance(found, Config):
             why = f"not available yet: {found}" if found else "quoted, not run"
-            skipped.append(f"{row.label}: {why.splitlines()[0]}")
+            skipped.append(f"[skipped] {row.label}: {why.splitlines()[0]}")
             continue
         for seed in range(options.seeds or table.seeds):
             overrides = [*table.overrides(row), f"budget={budget}", f"seed={seed}", *extra]
-            config = resolve(from_dict(compose(overrides)))
+            config = options.resolve(from_dict(compose(overrides)))
             if extra:
                 check_extra(config, overrides[: -len(extra)], extra)
             record = Path(options.results_dir) / "records" / f"{config.run_id}.json"
-            jobs.append(Job(row.label, overrides, config, record))
+            jobs.append(Job(f"{row.label}, seed {seed}", tuple(overrides), config, record))
     return jobs, skipped
 
 
@@ -89,13 +75,25 @@ def check_extra(config: Config, overrides: list[str], extra: list[str]) -> None:
         )
 
 
-def train(job: Job) -> str:
-    """Carry out one run and keep its record; returns what went wrong, if anything."""
-    done = subprocess.run([sys.executable, str(REPOSITORY / "train.py"), *job.overrides])
-    if done.returncode:
-        return f"train.py ended with {done.returncode}"
-    write_json(job.record, portable(read_record(job.config.run_dir / "record.json")))
-    return ""
+def keep(job: Job) -> None:
+    """Copy the record of a complete run to where tables are made from."""
+    if job.config.force or not job.is_complete():
+        write_json(job.record, portable(read_record(job.config.run_dir / "record.json")))
+
+
+def listing(options: Options, jobs: list[Job], skipped: list[str]) -> Iterator[str]:
+    """The lines of a dry run."""
+    done = load_records(Path(options.results_dir) / "records")
+    costs = []
+    for number, job in enumerate(jobs, start=1):
+        state = "done"
+        if not job.is_complete():
+            costs.append(estimate(job.config, done, options.tflops))
+            state = f"missing, {costs[-1]}"
+        yield f"[{number}/{len(jobs)}] {job.name}: {state}"
+        yield f"    python train.py {shlex.join(job.words)}"
+    yield from skipped
+    yield summary(jobs, costs)
 
 
 def summary(jobs: list[Job], costs: list[Cost]) -> str:
@@ -112,34 +110,20 @@ def summary(jobs: list[Job], costs: list[Cost]) -> str:
 def command(arguments: list[str]) -> int:
     extra: list[str] = []
     options = cli.parse(Options, arguments, rest=extra)
-    results = Path(options.results_dir)
     jobs, skipped = jobs_of(options, extra)
-    done = load_records(results / "records") if options.dry_run else []
-    failures, costs = [], []
-    for number, job in enumerate(jobs, start=1):
-        state = "done" if job.is_done else "missing"
-        if options.dry_run and not job.is_done:
-            costs.append(estimate(job.config, done, options.tflops))
-            state += f", {costs[-1]}"
-        print(f"[{number}/{len(jobs)}] {job.name}: {state}", flush=True)
-        print(f"    python train.py {shlex.join(job.overrides)}", flush=True)
-        if options.dry_run or job.is_done:
-            continue
-        cause = train(job)
-        if cause:
-            failures.append(f"{job.name}: {cause}")
-    for line in skipped:
-        print(f"[skipped] {line}", flush=True)
     if options.dry_run:
-        print(summary(jobs, costs))
+        for line in listing(options, jobs, skipped):
+            print(line)
         return 0
+    for line in skipped:
+        print(line, flush=True)
     if not jobs:
         raise UserError(f"nothing of the table {options.table} can be run; see above")
-    markdown, _ = render(load_table(options.table), load_records(results / "records"))
-    print(f"\n{markdown}")
-    if failures:
-        print("failed:\n  " + "\n  ".join(failures), file=sys.stderr)
-    return 1 if failures else 0
+    sweep = Sweep(jobs, options, on_complete=keep)
+    status = sweep.run()
+    records = load_records(Path(options.results_dir) / "records")
+    print(f"\n{render(load_table(options.table), records)[0]}")
+    return status
 
 
 if __name__ == "__main__":

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+from cutmix_exp import schema
 from cutmix_exp.config import CONFIG_DIR, Config, Hardware, compose, from_dict, resolve
 from cutmix_exp.errors import UserError
 from cutmix_exp.evaluation.base import load_suite
 from cutmix_exp.models.library import LibraryModel
 from cutmix_exp.reporting.tables import BUDGETS, load_budget, load_table, row_configs
+from cutmix_exp.sweeps.jobs import Settings
 from tests.data.trees import class_trees
 from tests.helpers import config_of
 
@@ -33,7 +36,16 @@ def test_all_files_are_in_a_known_group() -> None:
         "suite",
         "table",
     ]
-    assert [f for f in FILES if len(f.parts) != 2] == [Path("train.yaml")]
+    others = [f for f in FILES if len(f.parts) != 2]
+    assert others == [Path("hydra/launcher/sweep.yaml"), Path("train.yaml")]
+
+
+def test_the_launchers_options_are_the_settings_of_a_sweep() -> None:
+    file = CONFIG_DIR / "hydra" / "launcher" / "sweep.yaml"
+    options = {k: v for k, v in yaml.safe_load(file.read_text()).items() if k[0] != "_"}
+    assert options == schema.to_dict(Settings())
+    with pytest.raises(UserError, match=r"did you mean 'hydra\.launcher\.jobs'"):
+        compose(["hydra.launcher.jobz=2"])
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.parts[0] == "suite"], ids=str)

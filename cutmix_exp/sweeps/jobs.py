@@ -1,0 +1,195 @@
+"""What a sweep consists of, how it may be carried out, and why one of its runs failed."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from cutmix_exp.config import Config, Hardware, compose, from_dict, resolve
+from cutmix_exp.errors import UserError
+from cutmix_exp.reporting.record import read_record
+from cutmix_exp.schema import option
+
+IN_USE = " is in use by "
+"""What a run says when another process works in its directory (rundir.in_use)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slurm:
+    """What each run asks of Slurm. GPUs follow from `devices`.
+
+    Attributes:
+        cluster: `slurm`; `local` rehearses the same on this machine, without a cluster.
+        partition, account, qos, constraint: as of sbatch; None is the cluster's default.
+        minutes: time limit of one start; a run that needs more is requeued and continues.
+        timeouts: how often it may be.
+        cpus: cores for each run.
+        memory_gb: main memory for each run; None is the cluster's default.
+        grace_seconds: how long before the limit a run is told to stop.
+    """
+
+    cluster: Literal["slurm", "local"] = "slurm"
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    minutes: int = option(240, ge=1)
+    timeouts: int = option(20, ge=0)
+    cpus: int = option(8, ge=1)
+    memory_gb: int | None = option(None, ge=1)
+    grace_seconds: int = option(120, ge=10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ray:
+    """Where Ray runs, and what each run asks of it. GPUs follow from `devices`.
+
+    Attributes:
+        address: of a running Ray cluster; `local` starts Ray on this machine for this sweep.
+        cpus: cores for each run.
+    """
+
+    address: str = "auto"
+    cpus: int = option(4, ge=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a sweep is carried out; nothing here can move a number.
+
+    Attributes:
+        jobs: runs at a time. None: as many as the GPUs allow, one on a CPU, all on a cluster.
+        retries: further tries of a run that failed; each continues from its last checkpoint.
+        engine: `local` (this machine), `slurm` (through submitit), `ray` (several machines).
+    """
+
+    jobs: int | None = option(None, ge=1)
+    retries: int = option(1, ge=0)
+    engine: Literal["local", "slurm", "ray"] = "local"
+    slurm: Slurm = field(default_factory=Slurm)
+    ray: Ray = field(default_factory=Ray)
+
+    def resolve(self, config: Config) -> Config:
+        """The config as the machine that trains it will resolve it, which names the run.
+
+        Raises:
+            UserError: as `config.resolve`; or the name would depend on a machine of a cluster.
+        """
+        if self.engine == "local":
+            return resolve(config)
+        if "auto" in (config.device, config.precision):
+            raise UserError(
+                f"engine={self.engine} with device={config.device} precision={config.precision}: "
+                "`auto` depends on the machine that trains, and a run's name on it; say for example "
+                "device=cuda precision=bf16"
+            )
+        there = Hardware(gpus=config.devices or 1, gpu_bf16=True, cpu_bf16=True)
+        return resolve(config, there)
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One run of a sweep.
+
+    Attributes:
+        name: what tells it from the others, for people.
+        words: the overrides of train.py.
+        config: resolved.
+        record: the file that says whether it is complete.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    config: Config
+    record: Path
+
+    @property
+    def log(self) -> Path:
+        return Path(self.config.runs_dir) / ".sweeps" / f"{self.config.run_id}.log"
+
+    @property
+    def gpus(self) -> int:
+        return self.config.world_size if self.config.device == "cuda" else 0
+
+    def is_complete(self) -> bool:
+        """Whether its record says so; one that cannot be read does not, and the run will tell."""
+        try:
+            return self.record.exists() and read_record(self.record)["status"] == "complete"
+        except UserError:
+            return False
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A try that has ended.
+
+    Attributes:
+        status: exit status of train.py, negative for a signal; None where it is not known.
+        cause: why there is no status.
+    """
+
+    job: Job
+    status: int | None
+    cause: str = ""
+
+
+def distinct(jobs: Iterable[Job]) -> tuple[list[Job], list[str]]:
+    """The jobs without those that are a run named before, and a line for each of these."""
+    first: dict[str, Job] = {}
+    doubles = []
+    for job in jobs:
+        known = first.setdefault(job.config.run_id, job)
+        if known is not job:
+            doubles.append(f"{job.name}: the same run as {known.name}")
+    return list(first.values()), doubles
+
+
+def plan(
+    overrides: Sequence[Sequence[str]], settings: Settings
+) -> tuple[list[Job], dict[str, str]]:
+    """The runs that these lists of overrides describe, and what is wrong with those that are none.
+
+    Raises:
+        UserError: none is a run; the first one's cause.
+    """
+    jobs, refused = [], {}
+    for name, words in zip(names_of(overrides), overrides, strict=True):
+        try:
+            config = settings.resolve(from_dict(compose(list(words))))
+        except UserError as error:
+            refused[name] = str(error)
+            continue
+        jobs.append(Job(name, tuple(words), config, config.run_dir / "record.json"))
+    if refused and not jobs:
+        raise UserError(next(iter(refused.values())))
+    return jobs, refused
+
+
+def names_of(overrides: Sequence[Sequence[str]]) -> list[str]:
+    """What tells each list of overrides from the others: the words that not all have."""
+    common = set.intersection(*(set(words) for words in overrides)) if len(overrides) > 1 else set()
+    return [" ".join(w for w in words if w not in common) or " ".join(words) for words in overrides]
+
+
+def cause_of(status: int | None, log: str, recorded: str) -> str:
+    """Why a try failed, in a line or some: what it told the user, else how it ended.
+
+    Args:
+        status: exit status, negative for a signal; None where it is not known.
+        log: what this try wrote.
+        recorded: the cause in the run's record, if there is one.
+    """
+    told = log.rpartition("\nerror: ")[2] if "\nerror: " in log else ""
+    if told:
+        return "\n".join(told.strip().splitlines()[:6])
+    if status is not None and status < 0:
+        name = signal.Signals(-status).name
+        return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    if recorded:
+        return recorded
+    lines = [line for line in log.splitlines() if line.strip()]
+    tail = f": {lines[-1].strip()}" if "Traceback" in log else ""
+    return f"train.py ended with {status}{tail}"
