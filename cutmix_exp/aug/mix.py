@@ -62,9 +62,8 @@ def boxes_around(
     before its integer centre and is clipped to the image."""
     top, left = centre_y - sides[0] // 2, centre_x - sides[1] // 2
     bottom, right = top + sides[0], left + sides[1]
-    rows = np.clip([top, bottom], 0, height)
-    columns = np.clip([left, right], 0, width)
-    return np.stack([rows[0], columns[0], rows[1], columns[1]], axis=1)
+    boxes = np.stack([top, left, bottom, right], axis=1)
+    return np.minimum(np.maximum(boxes, 0), [height, width, height, width])
 
 
 def cut_boxes(
@@ -102,17 +101,19 @@ def paste_in_place(plan: MixPlan, images: Tensor, rows: list[np.ndarray]) -> Ten
     `Mixer.combine`): what lies outside the boxes is not touched where the pool is the host."""
     if plan.boxes is None:
         return taken(images, rows[0])
+    partners = torch.from_numpy(rows[1]).to(images.device)
     if (plan.boxes == plan.boxes[0]).all():
         top, left, bottom, right = plan.boxes[0].tolist()
         box = (slice(None), slice(None), slice(top, bottom), slice(left, right))
-        partners = images[box][torch.from_numpy(rows[1])]  # copied before the pool changes
+        # Copied before the pool changes. index_select has kernels that images[box][partners] lacks.
+        inside = images[box].contiguous().index_select(0, partners)
         mixed = taken(images, rows[0])
-        mixed[box] = partners
+        mixed[box] = inside
         return mixed
     if images.device.type != "cpu":
         boxes = torch.from_numpy(plan.boxes).to(images.device)
-        return paste_boxes(taken(images, rows[0]), images[torch.from_numpy(rows[1])], boxes)
-    mixed = images[torch.from_numpy(rows[0])]
+        return paste_boxes(taken(images, rows[0]), images.index_select(0, partners), boxes)
+    mixed = images.index_select(0, torch.from_numpy(rows[0]))
     pool, out = images.numpy(), mixed.numpy()
     for image, row, (top, left, bottom, right) in zip(
         out, rows[1].tolist(), plan.boxes.tolist(), strict=True
@@ -235,16 +236,14 @@ class CutMix(PairMixer):
         boxes[~acts] = 0
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
         share = 1.0 - area / (shape.height * shape.width)
-        weight = {
-            "area": share if self.correct_lambda else lam,
-            "one_hot": share >= 0.5,
-            "half": np.full_like(lam, 0.5),
-        }[self.label]
-        weight = np.where(acts, weight, 1.0)
+        weight = share if self.correct_lambda else lam
+        if self.label != "area":
+            weight = share >= 0.5 if self.label == "one_hot" else np.full_like(lam, 0.5)
+        weights = two_weights(np.where(acts, weight, 1.0))
         return MixPlan(
             partners=partner[None],
-            weights=two_weights(np.broadcast_to(weight, shape.batch)),
-            boxes=np.broadcast_to(boxes, (shape.batch, 4)).copy(),
+            weights=np.repeat(weights, shape.batch // len(lam), axis=1),
+            boxes=np.repeat(boxes, shape.batch // len(lam), axis=0),
         )
 
     def _boxes(self, shape: BatchShape, lam: np.ndarray, rng: np.random.Generator) -> np.ndarray:

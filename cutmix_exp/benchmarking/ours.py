@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cutmix_exp.aug.base import BatchShape, mix_targets
+from cutmix_exp.aug.base import BatchShape, mix_targets, taken
 from cutmix_exp.benchmarking import worker
 from cutmix_exp.benchmarking.inputs import CLASSES, JPEGS, SMALL
 from cutmix_exp.benchmarking.reference import Work, random_batch
@@ -85,7 +85,15 @@ def training(overrides: list[str], batch: int, images: str) -> Work:
 
 def stepping(overrides: list[str], batch: int, size: int) -> Work:
     """The step alone: the same decoded batch again and again."""
-    config = config_of([*overrides, f"schedule.batch_size={batch}", "aug=cutmix", "dataset.train_size=1000", f"dataset.image_size={size}"])
+    config = config_of(
+        [
+            *overrides,
+            f"schedule.batch_size={batch}",
+            "aug=cutmix",
+            "dataset.train_size=1000",
+            f"dataset.image_size={size}",
+        ]
+    )
     trainer = trainer_of(config, World(0, 1, device()))
     plan = trainer.pipeline.plan(0, 0)
     held = trainer.pipeline.batch(plan, np.arange(batch))
@@ -102,7 +110,9 @@ def scaling(overrides: list[str], batch: int, ranks: int) -> Work:
             os.environ.update(environment, RANK="0", LOCAL_RANK="0")
             followers = [
                 subprocess.Popen(
-                    worker.command("ours", "scaling", [rank], overrides=overrides, batch=batch, ranks=ranks),
+                    worker.command(
+                        "ours", "scaling", [rank], overrides=overrides, batch=batch, ranks=ranks
+                    ),
                     env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
@@ -111,7 +121,9 @@ def scaling(overrides: list[str], batch: int, ranks: int) -> Work:
             ]
             assert followers
     world = world_of("cpu").__enter__()
-    config = config_of([*overrides, f"schedule.batch_size={batch}", "aug=cutmix", f"devices={ranks}"])
+    config = config_of(
+        [*overrides, f"schedule.batch_size={batch}", "aug=cutmix", f"devices={ranks}"]
+    )
     trainer = trainer_of(config, world)
     plans = endless_plans(trainer)
 
@@ -166,7 +178,9 @@ def decoding(folder: str) -> Work:
 
 def mixing(batch: int, granularity: str) -> Work:
     """CutMix of a batch at hand, its draws and soft labels included."""
-    mixer = config_of(["aug=cutmix", "aug.mix.prob=1.0", f"aug.mix.granularity={granularity}"]).aug.mix
+    mixer = config_of(
+        ["aug=cutmix", "aug.mix.prob=1.0", f"aug.mix.granularity={granularity}"]
+    ).aug.mix
     images, labels = random_batch(batch)
     targets = torch.nn.functional.one_hot(labels, CLASSES).float()
     steps, everything, shape = itertools.count(), np.arange(batch), BatchShape(batch, 32, 32)
@@ -175,7 +189,7 @@ def mixing(batch: int, granularity: str) -> Work:
         plan = mixer.sample(shape, 1.0, stream(0, "mix", step=next(steps)))
         rows = [everything, *plan.partners]
         mixer.combine(plan, images, rows)
-        mix_targets(plan, [targets[torch.from_numpy(row)] for row in rows])
+        mix_targets(plan, [taken(targets, row) for row in rows])
         return batch
 
     return one
@@ -219,7 +233,9 @@ def first_step() -> Work:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
     def one() -> int:
-        subprocess.run([*program, f"runs_dir={folder}"], check=True, env=environment, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [*program, f"runs_dir={folder}"], check=True, env=environment, stdout=subprocess.DEVNULL
+        )
         return 1
 
     return one

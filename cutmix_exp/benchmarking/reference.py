@@ -193,7 +193,10 @@ def decoding_v2(folder: str) -> Work:
     from torchvision.transforms import v2
 
     transform = v2.Compose([v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizontalFlip()])
-    held = [torch.frombuffer(bytearray(f.read_bytes()), dtype=torch.uint8) for f in jpeg_files(Path(folder))]
+    held = [
+        torch.frombuffer(bytearray(f.read_bytes()), dtype=torch.uint8)
+        for f in jpeg_files(Path(folder))
+    ]
     files = itertools.cycle(held)
 
     def one() -> int:
@@ -222,7 +225,9 @@ def torchvision_cutmix(batch: int) -> Work:
 def timm_cutmix(batch: int, mode: str) -> Work:
     from timm.data.mixup import Mixup
 
-    mix = Mixup(mixup_alpha=0.0, cutmix_alpha=1.0, mode=mode, label_smoothing=0.0, num_classes=CLASSES)
+    mix = Mixup(
+        mixup_alpha=0.0, cutmix_alpha=1.0, mode=mode, label_smoothing=0.0, num_classes=CLASSES
+    )
     images, labels = random_batch(batch)
 
     def one() -> int:

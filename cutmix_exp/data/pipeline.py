@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cutmix_exp.aug.base import BatchShape, MixPlan, Regularizer, mix_targets
+from cutmix_exp.aug.base import BatchShape, MixPlan, Regularizer, mix_targets, taken
 from cutmix_exp.data.augment import (
     crop_boxes,
     draw_colors,
@@ -209,7 +209,7 @@ class Pipeline:
     def sources(self, plan: BatchPlan, positions: np.ndarray) -> list[Tensor]:
         """The unmixed images [n, 3, H, W] that meet at each position: its own, then its partners'."""
         images, rows = self.pool(plan, positions)
-        return [images[torch.from_numpy(row)] for row in rows]
+        return [taken(images, row) for row in rows]
 
     def batch(self, plan: BatchPlan, positions: np.ndarray) -> Batch:
         """The mixed images and soft labels of some positions of the global batch."""
