@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint format type tables clean
+.PHONY: help install demo test test-fast lint format type tables pictures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -39,6 +39,9 @@ type: $(INSTALLED)  ## check types
 
 tables: $(INSTALLED)  ## render results/tables from results/records
 	$(BIN)/python scripts/make_tables.py
+
+pictures: $(INSTALLED)  ## draw docs/pictures, one for each regularizer that acts on images
+	$(BIN)/python scripts/preview.py every=docs/pictures dataset=samples rows=2 seed=68
 
 clean:  ## remove .venv and caches (runs stay)
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

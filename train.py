@@ -10,30 +10,25 @@ import cutmix_exp.startup  # noqa: F401 (first: its settings must come before to
 from cutmix_exp.config import from_dict, hydra_messages, resolve
 from cutmix_exp.distributed import launched_world
 from cutmix_exp.errors import UserError
-from cutmix_exp.launch import USER_ERROR, WorkerFailed, launch, tell
+from cutmix_exp.launch import errors_told, launch, tell
 
 
 @hydra.main(config_path="configs", config_name="train", version_base="1.3")
 def main(composed: DictConfig) -> None:
     try:
-        launch(resolve(from_dict(OmegaConf.to_container(composed, resolve=True))))
-    except UserError as error:
-        tell(error, USER_ERROR)
-    except WorkerFailed as error:
-        if error.told:
-            sys.exit(USER_ERROR)
-        tell(error, 1)
+        with errors_told():
+            launch(resolve(from_dict(OmegaConf.to_container(composed, resolve=True))))
     except KeyboardInterrupt:
-        tell("interrupted; the same command continues from the last checkpoint", 130)
+        tell("interrupted before the run began", 130)
 
 
 if __name__ == "__main__":
     # Hydra raises its errors instead of printing them its own way; they are told as ours are.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     if launched_world() is not None and {"-m", "--multirun"} & set(sys.argv):
-        tell("-m does not work under torchrun; use: python train.py -m devices=N ...", USER_ERROR)
-    try:
-        with hydra_messages([a for a in sys.argv[1:] if "=" in a]):
-            main()
-    except UserError as error:
-        tell(error, USER_ERROR)
+        tell(
+            "-m does not work under torchrun; use: python train.py -m devices=N ...",
+            UserError.status,
+        )
+    with errors_told(), hydra_messages([a for a in sys.argv[1:] if "=" in a]):
+        main()

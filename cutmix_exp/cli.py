@@ -11,6 +11,7 @@ import yaml
 import cutmix_exp.startup  # noqa: F401 (of every script)
 from cutmix_exp import schema
 from cutmix_exp.errors import UserError
+from cutmix_exp.launch import errors_told
 
 T = TypeVar("T")
 
@@ -48,10 +49,8 @@ def parse(cls: type[T], arguments: list[str], *, rest: list[str] | None = None) 
 def main(command: Callable[[list[str]], int]) -> None:
     """Run a script: a user's error is one message and exit status 2."""
     try:
-        sys.exit(command(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        with errors_told():
+            sys.exit(command(sys.argv[1:]))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with what is missing", file=sys.stderr)
         sys.exit(130)

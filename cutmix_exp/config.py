@@ -45,6 +45,8 @@ class Schedule:
         epochs: what is trained; None is the budget's share of `full_epochs`.
         batch_size: global: of all devices together.
         lr: the highest rate.
+        head_lr: that of the head instead, in proportion to `lr` throughout; None is `lr`. The head is
+            what the network names in `new_layers` (VGG-16-GAP), else its last linear layer.
         momentum: of SGD; the first beta of LAMB and AdamW (the second is 0.999).
         nesterov: of SGD.
         weight_decay: added to the gradient by SGD, to the update by LAMB, decoupled in AdamW.
@@ -73,6 +75,7 @@ class Schedule:
     epochs: int | None = option(None, ge=1)
     batch_size: int = option(64, ge=1)
     lr: float = option(gt=0)
+    head_lr: float | None = option(None, gt=0, neutral=None)
     momentum: float = option(0.9, ge=0, lt=1)
     nesterov: bool = True
     weight_decay: float = option(1e-4, ge=0)
@@ -181,6 +184,7 @@ class Trainer:
         sync_bn: BatchNorm statistics over all devices (GPUs only).
         deterministic: the same bits from the same command on the same hardware.
         compile: torch.compile the network.
+        timeout_minutes: how long the processes of a run wait for one of them before they end.
     """
 
     max_steps: int | None = option(None, ge=1)
@@ -189,6 +193,7 @@ class Trainer:
     sync_bn: bool = False
     deterministic: bool = True
     compile: bool = option(False, identity=False)
+    timeout_minutes: float = option(30.0, gt=0, identity=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -512,7 +517,10 @@ class hydra_messages:
         self.overrides = overrides
 
     def __enter__(self) -> None:
-        return None
+        for word in self.overrides:
+            group, _, value = word.partition("=")
+            if ".." in value and (CONFIG_DIR / group.lstrip("+").partition("@")[0]).is_dir():
+                raise UserError(f"{word}: options are files below configs/{group}; '..' leads out")
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         from hydra.errors import HydraException, OverrideParseException

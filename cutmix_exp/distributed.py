@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -26,11 +30,15 @@ class World:
     Attributes:
         rank, size: its number and how many there are.
         device: where it computes.
+        control: the process group by which the ranks' hosts agree; None is the default one.
+        store: the launcher's small key-value store, which outlives a rank.
     """
 
     rank: int
     size: int
     device: torch.device
+    control: Any = None
+    store: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -41,7 +49,7 @@ class World:
         if self.size == 1:
             return [value]
         out: list[Any] = [None] * self.size
-        dist.all_gather_object(out, value)
+        dist.all_gather_object(out, value, group=self.control)
         return out
 
     def broadcast(self, value: T) -> T:
@@ -49,7 +57,7 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
     def together(self, action: Callable[[], T]) -> T:
@@ -79,7 +87,46 @@ class World:
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.control)
+
+    def ask(self, wishes: list[int]) -> Callable[[], list[int]]:
+        """Start to find the largest over the ranks of each number; what is returned waits for them.
+
+        The exchange goes on beside whatever is done before they are asked for.
+        """
+        if self.size == 1:
+            return lambda: wishes
+        largest = torch.tensor(wishes, dtype=torch.int32)
+        work = dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control, async_op=True)
+
+        def answer() -> list[int]:
+            work.wait()
+            return [int(value) for value in largest.tolist()]
+
+        return answer
+
+    def missing_ranks(self, wait: float, hurry: Callable[[], Any]) -> list[int]:
+        """The ranks that do not answer a roll call within `wait` seconds, after an exchange has
+        failed: it has failed on all that are alive, and they answer too. All other ranks, if the
+        store is out of reach. Ends early when `hurry` is true."""
+        missing = [r for r in range(self.size) if r != self.rank]
+
+        def call() -> None:
+            self.store.set(f"here/{self.rank}", "")
+            while missing:
+                missing[:] = [r for r in missing if not self.store.check([f"here/{r}"])]
+                time.sleep(0.1)
+
+        thread = threading.Thread(target=call, daemon=True)  # the store may never answer
+        thread.start()
+        until = time.monotonic() + wait
+        while thread.is_alive() and time.monotonic() < until and not hurry():
+            thread.join(0.1)
+        return list(missing)
+
+    def host_of(self, rank: int) -> str:
+        """Where a rank runs, or ran."""
+        return bytes(self.store.get(f"host/{rank}")).decode()
 
     def wrap(self, network: nn.Module, *, sync_bn: bool) -> nn.Module:
         """DistributedDataParallel, where there are other ranks. BatchNorm buffers stay each rank's
@@ -122,10 +169,11 @@ def is_main_process() -> bool:
 
 
 @contextmanager
-def world_of(device_type: str) -> Iterator[World]:
+def world_of(device_type: str, timeout_minutes: float = 30.0) -> Iterator[World]:
     """Join the process group that the launcher's environment describes (one process: none).
 
-    CPU cores are dealt out evenly to the processes of this machine.
+    CPU cores are dealt out evenly to the processes of this machine. A rank that keeps the others
+    waiting for longer than the timeout is an error on all others.
     """
     size = launched_world() or 1
     rank = int(os.environ["RANK"]) if size > 1 else 0
@@ -140,7 +188,17 @@ def world_of(device_type: str) -> Iterator[World]:
     if device_type == "cpu":
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
-    yield World(rank, size, device)
+    store, _, _ = next(dist.rendezvous("env://"))
+    timeout = timedelta(minutes=timeout_minutes)
+    # NCCL ends a process that has waited too long where it stands; that it does so a little later
+    # leaves the word to the hosts, who can say which rank is missing.
+    backend, extra = ("nccl", 1) if device_type == "cuda" else ("gloo", 0)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=timeout + timedelta(minutes=extra)
+    )
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    mine = dist.PrefixStore(f"roll/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    mine.set(f"host/{rank}", socket.gethostname())
+    yield World(rank, size, device, control, mine)
     # Not after an error: leaving could wait for ranks that wait for this one.
     dist.destroy_process_group()

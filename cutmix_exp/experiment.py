@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +13,8 @@ import yaml
 
 from cutmix_exp.config import Config
 from cutmix_exp.distributed import World, world_of
-from cutmix_exp.errors import UserError
+from cutmix_exp.errors import Interrupted, UserError
+from cutmix_exp.failures import explain
 from cutmix_exp.files import write_atomically, write_json, write_text
 from cutmix_exp.models.base import count_parameters
 from cutmix_exp.reporting.record import (
@@ -28,6 +26,9 @@ from cutmix_exp.reporting.record import (
     new_record,
     read_record,
 )
+from cutmix_exp.rundir import finished_record, run_directory
+from cutmix_exp.stopping import Stop
+from cutmix_exp.training.checkpoint import has_checkpoint
 from cutmix_exp.training.logging import NoLog, Reporter, RunLog
 from cutmix_exp.training.trainer import Trainer
 
@@ -39,29 +40,43 @@ def run(config: Config) -> Record:
 
     Raises:
         UserError: missing data, a run directory that another process works in, a loss that is
-            not finite, ...
+            not finite, a full disk, another rank that is gone, ...
+        Interrupted: a signal has asked the run to stop.
     """
-    with world_of(config.device) as world:
+    stop = Stop()
+    with stop.listening(), world_of(config.device, config.trainer.timeout_minutes) as world:
         report = Reporter(active=world.is_main)
-        done = world.broadcast(finished_record(config) if world.is_main else None)
-        if done is not None:
-            report.say(f"{config.run_id} is complete, nothing is trained; force=true starts over")
-            report.say(summary(done))
-            return done
-        world.together(config.dataset.prepare)  # before anything is written
-        world.together(config.model.prepare)
-        with ExitStack() as held:
-            world.together(lambda: held.enter_context(run_directory(config, world)))
-            return train(config, world, report)
+        try:
+            done = world.broadcast(
+                world.together(lambda: finished_record(config) if world.is_main else None)
+            )
+            if done is not None:
+                report.say(
+                    f"{config.run_id} is complete, nothing is trained; force=true starts over"
+                )
+                report.say(summary(done))
+                return done
+            world.together(config.dataset.prepare)  # before anything is written
+            world.together(config.model.prepare)
+            with ExitStack() as held:
+                found = world.together(lambda: held.enter_context(run_directory(config, world)))
+                return train(config, world, report, stop, found)
+        except Exception as error:
+            known = explain(error, config, world, stop.asked)
+            if known is error:
+                raise
+            raise known from error
 
 
-def train(config: Config, world: World, report: Reporter) -> Record:
-    """Train to the end, or leave a record that says why not."""
+def train(
+    config: Config, world: World, report: Reporter, stop: Stop, warnings: list[str]
+) -> Record:
+    """Train to the end, or leave a record that says why not. `warnings` are of what was found."""
     record = new_record(config)
     before = left_behind(config)
     if before is not None:
         continue_record(record, before)
-    for line in notes(config):
+    for line in [*notes(config), *warnings]:
         report.say(line)
     if world.is_main:
         write_json(config.run_dir / "record.json", record)
@@ -71,44 +86,89 @@ def train(config: Config, world: World, report: Reporter) -> Record:
         (config.run_dir / "evaluations").mkdir(exist_ok=True)
     status, cause = "failed", ""
     try:
-        splits = world.together(config.dataset.load)
-        record["provenance"]["dataset_fingerprint"] = splits.fingerprint
-        record["provenance"]["images_skipped"] = splits.skipped
-        if config.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()  # of an earlier run in this process
-        trainer = Trainer(config, splits, world, report)
-        sizes = {"training": splits.train, "validation": splits.val, "test": splits.test}
-        report.say(
-            f"{config.dataset.name}: "
-            + ", ".join(f"{len(part):,} {name} images" for name, part in sizes.items() if part)
-        )
-        report.say(f"{config.model.name}: {count_parameters(trainer.model):,} parameters")
-        if trainer.resume():
-            report.say(f"continuing from step {trainer.step}")
-        log = RunLog(config.run_dir, config, trainer.lines) if world.is_main else NoLog()
-        predictions = trainer.fit(log)
-        record["metrics"] = metrics_of(trainer.lines)
-        record["history"] = history_of(trainer.lines)
-        record["cost"] = cost_of(config, trainer.model, trainer.lines, trainer.seconds)
-        if world.is_main:
-            file = config.run_dir / "evaluations" / "test.npz"
-            write_atomically(file, lambda f: np.savez_compressed(f, **asdict(predictions)))
-        log.close(record["metrics"])
+        trainer = prepared(config, world, report, record)
+        if world.is_main:  # with what was found, should this start be killed
+            write_json(config.run_dir / "record.json", record)
+        with stop.deferred():
+            trainer.asked_to_stop = stop.asked
+            carry_out(trainer, record)
         status = "complete"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         status = "interrupted"
         raise
     except Exception as error:
-        cause = f"{type(error).__name__}: {error}"
-        raise
+        known = explain(error, config, world, stop.asked)
+        cause = f"{type(known).__name__}: {known}"
+        if known is error:
+            raise
+        raise known from error
     finally:
         record["status"] = status
         if cause:
             record["error"] = cause
         if world.is_main:
-            write_json(config.run_dir / "record.json", record)
+            leave(record, config, report)
     report.say(summary(record))
     return record
+
+
+def prepared(config: Config, world: World, report: Reporter, record: Record) -> Trainer:
+    """The trainer with its data, at the place where the run stands; notes in the record what it
+    has found."""
+    splits = world.together(config.dataset.load)
+    record["provenance"]["dataset_fingerprint"] = splits.fingerprint
+    record["provenance"]["images_skipped"] = splits.skipped
+    check_same_data(world.gather(splits.fingerprint))
+    if config.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of an earlier run in this process
+    trainer = Trainer(config, splits, world, report)
+    sizes = {"training": splits.train, "validation": splits.val, "test": splits.test}
+    report.say(
+        f"{config.dataset.name}: "
+        + ", ".join(f"{len(part):,} {name} images" for name, part in sizes.items() if part)
+    )
+    report.say(f"{config.model.name}: {count_parameters(trainer.model):,} parameters")
+    resumed = trainer.resume()
+    if trainer.warning:
+        report.say(f"warning: {trainer.warning}")
+        record["provenance"].setdefault("warnings", []).append(trainer.warning)
+    if resumed:
+        report.say(f"continuing from step {trainer.step}")
+    return trainer
+
+
+def check_same_data(fingerprints: list[str]) -> None:
+    """Raises UserError if the ranks (of several machines) have loaded different files."""
+    differing = [rank for rank, mine in enumerate(fingerprints) if mine != fingerprints[0]]
+    if differing:
+        raise UserError(
+            f"rank {differing[0]} has another data set than rank 0 (fingerprints "
+            f"{fingerprints[differing[0]]} and {fingerprints[0]}); give all machines the same files"
+        )
+
+
+def carry_out(trainer: Trainer, record: Record) -> None:
+    """Train to the end and put what came out into the record and beside it."""
+    config, world = trainer.config, trainer.world
+    log = RunLog(config.run_dir, config, trainer.lines) if world.is_main else NoLog()
+    predictions = trainer.fit(log)
+    record["metrics"] = metrics_of(trainer.lines)
+    record["history"] = history_of(trainer.lines)
+    record["cost"] = cost_of(config, trainer.model, trainer.lines, trainer.seconds)
+    if world.is_main:
+        file = config.run_dir / "evaluations" / "test.npz"
+        write_atomically(file, lambda f: np.savez_compressed(f, **asdict(predictions)))
+    log.close(record["metrics"])
+
+
+def leave(record: Record, config: Config, report: Reporter) -> None:
+    """Write the record. Where even that fails, the error that is on its way matters more."""
+    try:
+        write_json(config.run_dir / "record.json", record)
+    except OSError as error:
+        if record["status"] == "complete":
+            raise
+        report.say(f"warning: the record cannot be written either: {error.strerror}")
 
 
 def summary(record: Record) -> str:
@@ -123,58 +183,12 @@ def summary(record: Record) -> str:
 
 def left_behind(config: Config) -> Record | None:
     """The record of an earlier start of this run that left a checkpoint, if it can be read."""
-    if not (config.run_dir / "checkpoints" / "last.pt").exists():
+    if not has_checkpoint(config.run_dir / "checkpoints"):
         return None
     try:
         return read_record(config.run_dir / "record.json")
     except UserError:
         return None
-
-
-def finished_record(config: Config) -> Record | None:
-    """The record of this run if it is complete and not to be started over."""
-    file = config.run_dir / "record.json"
-    if config.force or not file.exists():
-        return None
-    record = read_record(file)
-    return record if record["status"] == "complete" else None
-
-
-@contextmanager
-def run_directory(config: Config, world: World) -> Iterator[None]:
-    """Make the run directory and hold it against other processes; empties it under `force`.
-
-    Raises:
-        UserError: it cannot be written, or another process works in it.
-    """
-    if not world.is_main:
-        yield
-        return
-    directory = config.run_dir
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = open(directory / ".lock", "a+")  # noqa: SIM115 (held until the run ends)
-    except OSError as error:
-        raise UserError(
-            f"cannot write into {directory}: {error.strerror}; set runs_dir=FOLDER"
-        ) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            owner = lock.read().strip() or "another process"
-            raise UserError(
-                f"{directory} is in use by {owner}; wait for it, or use another runs_dir"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()}")
-        lock.flush()
-        if config.force:
-            for path in directory.iterdir():
-                if path.name != ".lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-        yield
 
 
 def notes(config: Config) -> Iterator[str]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cutmix_exp import cli
-from cutmix_exp.files import write_atomically, write_text
+from cutmix_exp.files import write_bytes, write_text
 from cutmix_exp.reporting.figures import FIGURES, Figure, draw
 from cutmix_exp.reporting.record import Record
 from cutmix_exp.reporting.render import render
@@ -31,7 +31,7 @@ def write_figure(figure: Figure, records: list[Record], folder: Path) -> None:
         file.unlink(missing_ok=True)
         print(f"{file}: not drawn, no records of {figure.table}")
     else:
-        write_atomically(file, lambda out: out.write(image))
+        write_bytes(file, image)
         print(file)
 
 

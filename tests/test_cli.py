@@ -39,7 +39,7 @@ CONTRACT = [
 def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """One small run with a validation split, started in an empty folder: (folder, output)."""
     folder = tmp_path_factory.mktemp("first")
-    done = train(*TINY, "aug=cutmix", "dataset.val_size=100", cwd=folder)
+    done = train(*TINY, "aug=cutmix", "dataset.val_size=100", cwd=folder, fresh=True)
     return folder, done.stdout
 
 
@@ -166,6 +166,7 @@ def test_the_papers_network_on_synthetic_images(tmp_path: Path) -> None:
         "trainer.max_steps=3",
         "schedule.batch_size=8",
         cwd=tmp_path,
+        fresh=True,
         OMP_NUM_THREADS="2",
     )
     assert "26,844,952 parameters" in done.stdout

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cutmix_exp.config import CONFIG_DIR, Hardware, compose, from_dict, resolve
+from cutmix_exp.config import CONFIG_DIR, Config, Hardware, compose, from_dict, resolve
 from cutmix_exp.errors import UserError
+from cutmix_exp.evaluation.base import load_suite
+from cutmix_exp.models.library import LibraryModel
 from cutmix_exp.reporting.tables import BUDGETS, load_budget, load_table, row_configs
 from tests.data.trees import class_trees
 from tests.helpers import config_of
@@ -21,11 +23,36 @@ GROUPS = sorted({f.parts[0] for f in FILES if len(f.parts) == 2})
 
 
 def test_all_files_are_in_a_known_group() -> None:
-    assert GROUPS == ["aug", "budget", "dataset", "experiment", "model", "schedule", "table"]
+    assert GROUPS == [
+        "aug",
+        "budget",
+        "dataset",
+        "experiment",
+        "model",
+        "schedule",
+        "suite",
+        "table",
+    ]
     assert [f for f in FILES if len(f.parts) != 2] == [Path("train.yaml")]
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if len(f.parts) == 2], ids=str)
+@pytest.mark.parametrize("file", [f for f in FILES if f.parts[0] == "suite"], ids=str)
+def test_every_suite_is_built_under_its_name(file: Path) -> None:
+    assert (CONFIG_DIR / file).read_text().startswith("#"), "a YAML opens with what it is"
+    suite = load_suite(file.stem)
+    assert suite.name == file.stem
+    with pytest.raises(UserError, match="no_such_field"):
+        load_suite(file.stem, {"no_such_field": 1})
+
+
+COMPOSED = [f for f in FILES if len(f.parts) == 2 and f.parts[0] != "suite"]
+
+
+def from_weights(config: Config) -> bool:
+    return isinstance(config.model, LibraryModel) and config.model.pretrained
+
+
+@pytest.mark.parametrize("file", COMPOSED, ids=str)
 def test_every_yaml_is_composed_and_built(file: Path, tmp_path: Path) -> None:
     group, name = file.parts[0], file.stem
     assert (CONFIG_DIR / file).read_text().startswith("#"), "a YAML opens with what it is"
@@ -45,8 +72,12 @@ def test_every_yaml_is_composed_and_built(file: Path, tmp_path: Path) -> None:
         if network in built:
             continue
         built.add(network)
+        # Without published weights, which need a download and change no shape.
+        plain = (
+            replace(resolved.model, pretrained=False) if from_weights(resolved) else resolved.model
+        )
         with torch.device("meta"):
-            model = resolved.model.build(resolved.dataset.num_classes)
+            model = plain.build(resolved.dataset.num_classes)
             side = resolved.dataset.image_size
             logits = model.eval()(torch.zeros(2, 3, side, side))
         assert logits.shape == (2, resolved.dataset.num_classes)

@@ -32,11 +32,15 @@ def draw_crops(dataset: Dataset, count: int, rng: np.random.Generator) -> np.nda
 
     Returns:
         `pad`: int64 [count, 2], top and left of the window in the padded image.
+        `window`: int64 [count, 2], top and left of the window in the resized image.
         `random_resized`: float64 [count, 11, 2] in [0, 1): ten tries of (area, aspect), and where
         the box lies (y, x); the box itself depends on the image's size (`crop_boxes`).
     """
     if dataset.crop == "pad":
         return rng.integers(0, 2 * dataset.crop_padding + 1, size=(count, 2))
+    if dataset.crop == "window":
+        assert dataset.crop_resize is not None
+        return rng.integers(0, dataset.crop_resize - dataset.image_size + 1, size=(count, 2))
     return rng.random((count, TRIES + 1, 2))
 
 

@@ -86,7 +86,9 @@ class Cache:
         good = self._good(files, found)
         images = np.load(found / "images.npy", mmap_mode="c")  # copy on write: shared till then
         labels = files.labels[torch.from_numpy(good)]
-        return ImageSet(torch.from_numpy(images), labels, skipped=len(files) - len(good))
+        return ImageSet(
+            torch.from_numpy(images), labels, skipped=len(files) - len(good), files=files.at(good)
+        )
 
     def checked(self, files: Listing) -> FileSet:
         """The files that can be decoded: all are tried once, and what came out is kept.

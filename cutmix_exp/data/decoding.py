@@ -119,6 +119,23 @@ def _orientation(image: Any) -> int:
         return 1
 
 
+def size_of(path: str | Path) -> tuple[int, int]:
+    """(height, width) of what `decode` makes of a file; only its header is read.
+
+    Raises:
+        UserError: the file is no image, or cannot be read.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = _orientation(image) in (5, 6, 7, 8)
+    except Exception as error:
+        raise UserError(f"{path} cannot be read as an image: {error}") from None
+    return (width, height) if turned else (height, width)
+
+
 def fit(image: Tensor, side: int) -> Tensor:
     """uint8 [3, side, side]: the shorter side resized to `side` (bilinear, antialiased), then the
     centre; an image that has this size already stays as it is."""

@@ -11,8 +11,9 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 
+from cutmix_exp.data.boxes import Boxes, Framing, loc_csv_boxes, tiny_imagenet_boxes, voc_boxes
 from cutmix_exp.data.cache import Cache, Listing
-from cutmix_exp.data.decoding import SUFFIXES
+from cutmix_exp.data.decoding import SUFFIXES, size_of
 from cutmix_exp.data.sources import TRY_NOW, Dataset, FileSet, ImageSet, Publication, fingerprint
 from cutmix_exp.errors import UserError
 from cutmix_exp.schema import option
@@ -47,6 +48,11 @@ class ImageFiles(Dataset):
     @property
     def streams(self) -> bool:
         return self.delivery == "streaming"
+
+    @property
+    def framing(self) -> Framing:
+        """How a test image of any size becomes the one that is evaluated."""
+        return super().framing if self.streams else Framing(self.image_size, self.image_size)
 
     def folder(self) -> Path:
         """The data set's own folder: `root` itself, or below it."""
@@ -88,6 +94,21 @@ class ImageFiles(Dataset):
         if not self.streams:
             return cache.decoded(files, self.fitted_side())
         return cache.checked(files) if cache.skip else files
+
+    def file_boxes(self, names: list[str]) -> list[Boxes]:
+        """The boxes as published, in pixels of the files, by the files' names in a listing."""
+        raise NotImplementedError
+
+    def boxes(self, part: ImageSet | FileSet) -> list[Boxes]:
+        if missing := self.missing_boxes():
+            raise UserError(missing)
+        files = part if isinstance(part, FileSet) else part.files
+        assert files is not None, "decoded images know their files"
+        found = self.file_boxes([os.fsdecode(name) for name in files.names])
+        framing = self.framing
+        return [
+            framing.boxes(boxes, *size_of(files.path(index))) for index, boxes in enumerate(found)
+        ]
 
     def class_trees(self, train: Path, test: Path) -> tuple[Listing, Listing, tuple[str, ...]]:
         """`files` of two folders that hold a folder for each class."""
@@ -131,7 +152,11 @@ class Cifar10Jpeg(ImageFiles):
 class ImageNet(ImageFiles):
     """ImageNet-1k (ILSVRC 2012): 1,281,167 training and 50,000 validation images in class folders
     that are named by synset, train/n01440764/*.JPEG and val/n01440764/*.JPEG. As everywhere in the
-    field, the validation images are the test set."""
+    field, the validation images are the test set.
+
+    Attributes:
+        boxes_dir: where the boxes of objects are; None is `boxes` beside `val`.
+    """
 
     below = "imagenet"
     mend = (
@@ -145,12 +170,36 @@ class ImageNet(ImageFiles):
     )
 
     delivery: Literal["resident", "streaming"] = option("streaming", neutral="resident")
+    boxes_dir: str | None = option(None, identity=False)
 
     def missing(self) -> str:
         missing = super().missing()
         if not missing and not class_folders(self.folder() / "val"):
             return self.not_at_hand("class folders in val; its images lie in one folder")
         return missing
+
+    def _boxes_folder(self) -> Path:
+        return Path(self.boxes_dir) if self.boxes_dir else self.folder() / "boxes"
+
+    def missing_boxes(self) -> str:
+        folder = self._boxes_folder()
+        if (folder / KAGGLE).exists() or any((folder / "val").glob("*.xml")):
+            return ""
+        return (
+            f"the boxes of {self.name} are not at hand\n"
+            f"looked in: {folder.absolute()} (for val/ILSVRC2012_val_00000001.xml ..., or {KAGGLE})\n"
+            "to mend:   unpack ILSVRC2012_bbox_val_v3.tgz of https://image-net.org/download there, or "
+            f"put Kaggle's {KAGGLE} there, or name another folder by dataset.boxes_dir=FOLDER"
+        )
+
+    def file_boxes(self, names: list[str]) -> list[Boxes]:
+        """Of LOC_val_solution.csv, or of an XML file for each image: val/<stem>.xml, and for
+        training images (ILSVRC2012_bbox_train_v2.tar.gz) <synset>/<stem>.xml."""
+        folder, stems = self._boxes_folder(), [Path(name).stem for name in names]
+        if all("_val_" in stem for stem in stems) and (folder / KAGGLE).exists():
+            return loc_csv_boxes(folder / KAGGLE, stems)
+        places = ["val" if "_val_" in s else s.partition("_")[0] for s in stems]
+        return [voc_boxes(folder / p / f"{s}.xml") for p, s in zip(places, stems, strict=True)]
 
     def files(self) -> tuple[Listing, Listing, tuple[str, ...]]:
         return self.class_trees(self.folder() / "train", self.folder() / "val")
@@ -235,6 +284,12 @@ class TinyImageNet(ImageFiles):
         names = tuple(words.get(wnid, wnid).split(",")[0] for wnid in wnids)
         return list_images(folder / "train", tuple(wnids)), self._annotated(wnids), names
 
+    def missing_boxes(self) -> str:
+        return self.missing()  # they are in lists of the published archive
+
+    def file_boxes(self, names: list[str]) -> list[Boxes]:
+        return tiny_imagenet_boxes(self.folder(), names)
+
     def _annotated(self, wnids: list[str]) -> Listing:
         """The validation images, whose labels are in a file."""
         folder, file = self.folder() / "val/images", self.folder() / "val/val_annotations.txt"
@@ -251,6 +306,9 @@ class TinyImageNet(ImageFiles):
         order = sorted(found, key=lambda name: (label_of[name], name))
         return _listing(folder, [found[name] for name in order], [label_of[n] for n in order])
 
+
+KAGGLE = "LOC_val_solution.csv"
+"""Kaggle's list of ImageNet's validation images, with their synsets and boxes."""
 
 Entry = tuple[bytes, int, int]
 """A file: its path below some folder, its size in bytes, its time of modification in ns."""

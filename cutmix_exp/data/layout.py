@@ -5,11 +5,10 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from cutmix_exp.data.folders import class_folders
+from cutmix_exp.data.folders import KAGGLE, class_folders
 from cutmix_exp.errors import UserError
 
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
-KAGGLE = "LOC_val_solution.csv"
 
 
 def validation_synsets(devkit: Path) -> dict[str, str]:

@@ -8,9 +8,10 @@ import importlib.util
 import os
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cutmix_exp.data.boxes import Boxes, Framing
 from cutmix_exp.errors import UserError
 from cutmix_exp.schema import Part, option
 
@@ -30,22 +32,25 @@ NETWORK_TIMEOUT = 6.0
 class ImageSet:
     """N images uint8 [N, 3, H, W] and their labels int64 [N].
 
-    `skipped` files were left out, because they could not be decoded.
+    `skipped` files were left out, because they could not be decoded; `files` are those that the
+    images were decoded from, by which to find what else is published of them.
     """
 
     images: Tensor
     labels: Tensor
     skipped: int = 0
+    files: FileSet | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def at(self, index: np.ndarray) -> ImageSet:
         chosen = torch.from_numpy(index)
-        return ImageSet(self.images[chosen], self.labels[chosen])
+        files = None if self.files is None else self.files.at(index)
+        return ImageSet(self.images[chosen], self.labels[chosen], files=files)
 
     def to(self, device: torch.device) -> ImageSet:
-        return ImageSet(self.images.to(device), self.labels.to(device))
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def batches(self, indices: list[np.ndarray]) -> Iterator[Tensor]:
         """The images uint8 [n, 3, H, W] of each list of indices, for an evaluation."""
@@ -106,7 +111,7 @@ class Splits:
     class_names: tuple[str, ...]
     skipped: int = 0
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Of all that the splits hold."""
         parts = (self.train, self.val, self.test)
@@ -143,9 +148,11 @@ class Dataset(Part):
         image_size: side in pixels; the images are square.
         num_classes: number of labels.
         mean, std: of the training images in [0, 1], per channel, for the normalisation.
-        crop: how training images are cropped: `pad` (a window of the padded image) or
-            `random_resized` (a box of random area and aspect, resized; Szegedy et al.).
+        crop: how training images are cropped: `pad` (a window of the padded image),
+            `random_resized` (a box of random area and aspect, resized; Szegedy et al.), or `window`
+            (of the image resized to `crop_resize` x `crop_resize`; of sets that stream).
         crop_padding, padding_mode: pixels added on each side, and what is in them.
+        crop_resize: side in pixels of the images that a `window` is taken of.
         crop_scale, crop_ratio: ranges of the random box's share of the image, and of its width
             over height.
         flip: mirror half of the training images.
@@ -154,6 +161,7 @@ class Dataset(Part):
         lighting: standard deviation of the PCA lighting noise (Krizhevsky et al. 2012).
         eval_resize: shorter side in pixels before the centre crop of test images that stream;
             None is `image_size` * 8/7, the usual 256 for 224.
+        eval_fit: whether the `shorter` side is made `eval_resize` long, or both (`stretch`).
         eval_size: side in pixels of that centre crop; None is `image_size`.
         workers: processes that decode images that stream; None is one for each core.
         val_size: number of training images held out for validation, stratified by class; 0: none.
@@ -168,7 +176,7 @@ class Dataset(Part):
     num_classes: int = option(ge=2)
     mean: tuple[float, ...] = option(ge=0, le=1)
     std: tuple[float, ...] = option(gt=0)
-    crop: Literal["pad", "random_resized"] = option("pad", neutral="pad")
+    crop: Literal["pad", "random_resized", "window"] = option("pad", neutral="pad")
     crop_padding: int = option(4, ge=0)
     padding_mode: Literal["zeros", "reflect"] = option("zeros", neutral="zeros")
     crop_scale: tuple[float, ...] = option((0.08, 1.0), gt=0, le=1, neutral=(0.08, 1.0))
@@ -178,6 +186,8 @@ class Dataset(Part):
     lighting: float = option(0.0, ge=0, neutral=0.0)
     eval_resize: int | None = option(None, ge=1, neutral=None)
     eval_size: int | None = option(None, ge=1, neutral=None)
+    crop_resize: int | None = option(None, ge=1, neutral=None)
+    eval_fit: Literal["shorter", "stretch"] = option("shorter", neutral="shorter")
     workers: int | None = option(None, ge=0, identity=False)
     val_size: int = option(0, ge=0)
     val_seed: int = option(0, ge=0, lt=2**32)
@@ -197,16 +207,42 @@ class Dataset(Part):
                 f"dataset.eval_size={self.eval_size}: only sets that stream are scored at another "
                 f"size than dataset.image_size={self.image_size}"
             )
+        self._check_window()
         if self.padding_mode == "reflect" and self.crop_padding >= self.image_size:
             raise UserError(
                 f"dataset.crop_padding={self.crop_padding}: reflection pads by less than the image's "
                 f"{self.image_size} px"
             )
 
+    def _check_window(self) -> None:
+        if (self.crop == "window") != (self.crop_resize is not None):
+            raise UserError(
+                f"dataset.crop={self.crop}, dataset.crop_resize={self.crop_resize}: a window is taken "
+                "of the image resized to dataset.crop_resize; set both, or neither"
+            )
+        if self.crop_resize is not None and self.crop_resize < self.image_size:
+            raise UserError(
+                f"dataset.crop_resize={self.crop_resize} is less than "
+                f"dataset.image_size={self.image_size}, the side of the window"
+            )
+        for name, usual in (("crop", "window"), ("eval_fit", "stretch")):
+            if getattr(self, name) == usual and not self.streams:
+                raise UserError(
+                    f"dataset.{name}={usual} is of images that stream, which {self.name}'s do not; "
+                    "leave it out, or, where the data set has it, set dataset.delivery=streaming"
+                )
+
     @property
     def streams(self) -> bool:
         """Whether `read` gives files that are decoded when they are needed."""
         return False
+
+    @property
+    def framing(self) -> Framing:
+        """How a test image of any size becomes the one that is evaluated, if it streams."""
+        size = self.eval_size or self.image_size
+        resized = self.eval_resize or -(-size * 256 // 224)
+        return Framing(resized, size, self.eval_fit == "stretch")
 
     def resolve(self) -> Dataset:
         """Fill in what depends on the data itself (class-folder trees); explicit values win.
@@ -234,6 +270,28 @@ class Dataset(Part):
     def read(self) -> tuple[ImageSet | FileSet, ImageSet | FileSet, tuple[str, ...]]:
         """Training images, test images, class names."""
         raise NotImplementedError
+
+    def missing_boxes(self) -> str:
+        """Why there are no true boxes of objects; which layout is expected and where it is
+        published; empty if they are there."""
+        return (
+            f"{self.name} has no boxes of objects; data sets that have: cub, imagenet, "
+            "tiny_imagenet, and digits (around the ink)"
+        )
+
+    def boxes(self, part: ImageSet | FileSet) -> list[Boxes]:
+        """The true boxes of each image of a part of `load`'s sets, in the part's order and in the
+        pixels of the images that are evaluated; of an image whose boxes lie outside of the centre
+        crop there is none (shape [0, 4]).
+
+        Raises:
+            UserError: an image has no boxes, or their files are damaged.
+        """
+        raise UserError(self.missing_boxes())
+
+    def masks(self, part: ImageSet | FileSet) -> Callable[[int], Tensor] | None:
+        """The true mask bool [S, S] of an image of a part, by its index; None: there are none."""
+        return None
 
     def load(self) -> Splits:
         """The sets (decoded ones in host memory), with the validation split taken off the training
@@ -350,6 +408,24 @@ class Digits(Dataset):
         whole = ImageSet(torch.from_numpy(images), torch.from_numpy(labels))
         return whole.at(train), whole.at(test), tuple("0123456789")
 
+    def missing_boxes(self) -> str:
+        return ""
+
+    def boxes(self, part: ImageSet | FileSet) -> list[Boxes]:
+        """Around the ink."""
+        mask = self.masks(part)
+        found = []
+        for index in range(len(part)):
+            rows, columns = (np.flatnonzero(mask(index).numpy().any(axis)) for axis in (1, 0))
+            corners = [rows[0], columns[0], rows[-1] + 1, columns[-1] + 1]
+            found.append(np.array([corners], dtype=np.float64))
+        return found
+
+    def masks(self, part: ImageSet | FileSet) -> Callable[[int], Tensor]:
+        """The ink."""
+        assert isinstance(part, ImageSet)
+        return lambda index: part.images[index, 0].cpu() > 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Synthetic(Dataset):
@@ -377,6 +453,39 @@ class Synthetic(Dataset):
                 ImageSet(torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(labels))
             )
         return sets[0], sets[1], tuple(f"class {i}" for i in range(self.num_classes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples(Dataset):
+    """Square windows of scikit-learn's two embedded photographs, a temple and a flower, to look at
+    regularizers on: 32 training and 8 test images of each, which overlap. Errors mean nothing."""
+
+    published = Publication(
+        "D. Buechele (china.jpg) and vultilion (flower.jpg), flickr; part of scikit-learn",
+        "https://scikit-learn.org/stable/datasets/loading_other_datasets.html",
+        "CC BY 2.0",
+    )
+
+    def read(self) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
+        from sklearn.datasets import load_sample_images
+        from torchvision.transforms.v2 import functional as transforms
+
+        side = [self.image_size, self.image_size]
+        photographs = [torch.tensor(p).permute(2, 0, 1) for p in load_sample_images().images]
+        rng = np.random.default_rng(0)
+        sets = []
+        for size in (32, 8):
+            images, labels = [], np.arange(2 * size, dtype=np.int64) % 2
+            for label in labels:
+                photograph = photographs[label]
+                window = int(rng.uniform(0.6, 1.0) * photograph.shape[1])
+                top, left = rng.integers(
+                    photograph.shape[1] - window + 1, size=2
+                )  # the left square
+                cut = photograph[:, top : top + window, left : left + window]
+                images.append(transforms.resize(cut, side, antialias=True))
+            sets.append(ImageSet(torch.stack(images), torch.from_numpy(labels)))
+        return sets[0], sets[1], ("temple", "flower")
 
 
 @dataclass(frozen=True, kw_only=True)

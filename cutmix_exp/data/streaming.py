@@ -21,11 +21,13 @@ from torchvision.transforms.v2 import functional as vision
 
 from cutmix_exp.aug.base import PixelOp, Regularizer
 from cutmix_exp.data.augment import crop_boxes
+from cutmix_exp.data.boxes import Framing
 from cutmix_exp.data.decoding import decode
 from cutmix_exp.data.pipeline import BatchPlan, Pipeline
 from cutmix_exp.data.sources import Dataset, FileSet
 from cutmix_exp.distributed import share_or_last
-from cutmix_exp.errors import LocalError, UserError
+from cutmix_exp.errors import AGAIN, LocalError, UserError
+from cutmix_exp.stopping import held_back, obey_parent
 
 
 def cropped(image: Tensor, dataset: Dataset, draw: np.ndarray, mirrored: bool) -> Tensor:
@@ -37,8 +39,13 @@ def cropped(image: Tensor, dataset: Dataset, draw: np.ndarray, mirrored: bool) -
     if dataset.crop == "random_resized":
         ((top, left, height, width),) = crop_boxes(dataset, draw[None], *image.shape[1:]).tolist()
         image = vision.resized_crop(image, top, left, height, width, [size, size], antialias=True)
+    elif dataset.crop == "window":
+        assert dataset.crop_resize is not None, "a window has one"
+        image = vision.resize(image, [dataset.crop_resize] * 2, antialias=True)
+        top, left = draw.tolist()
+        image = image[:, top : top + size, left : left + size]
     else:
-        image = centred(image, size, size)
+        image = framed(image, Framing(size, size))
         mode = {"zeros": "constant", "reflect": "reflect"}[dataset.padding_mode]
         image = vision.pad(image, [dataset.crop_padding], padding_mode=mode)
         top, left = draw.tolist()
@@ -46,11 +53,12 @@ def cropped(image: Tensor, dataset: Dataset, draw: np.ndarray, mirrored: bool) -
     return image.flip(-1) if mirrored else image
 
 
-def centred(image: Tensor, resized: int, size: int) -> Tensor:
-    """The centre [3, size, size] of an image whose shorter side is first made `resized` long."""
-    if min(image.shape[1:]) != resized:
-        image = vision.resize(image, [resized], antialias=True)
-    return vision.center_crop(image, [size, size])
+def framed(image: Tensor, framing: Framing) -> Tensor:
+    """The centre [3, size, size] of an image [3, H, W] after resizing."""
+    height, width = image.shape[1:]
+    if framing.resized_to(height, width) != (height, width):
+        image = vision.resize(image, list(framing.resized_to(height, width)), antialias=True)
+    return vision.center_crop(image, [framing.size, framing.size])
 
 
 Task = tuple[int, np.ndarray | None, bool, tuple[int, ...]]
@@ -68,8 +76,7 @@ class DecodedCrops(TorchDataset):
         index, draw, mirrored, seeds = task
         image = decode(self.files.path(index))
         if draw is None:
-            size = self.dataset.eval_size or self.dataset.image_size
-            return centred(image, self.dataset.eval_resize or -(-size * 256 // 224), size)
+            return framed(image, self.dataset.framing)
         image = cropped(image, self.dataset, draw, mirrored)
         for op, seed in zip(self.changes, seeds, strict=True):
             image = op.change(image, seed)
@@ -81,6 +88,8 @@ class DecodedCrops(TorchDataset):
         try:
             return torch.stack([self[task] for task in tasks])
         except UserError as error:
+            if not self.files.root.is_dir():
+                return f"the data set's folder {self.files.root} is gone; bring it back, {AGAIN}"
             return str(error)
 
 
@@ -120,8 +129,11 @@ class Decoder:
             pin_memory=self.device.type == "cuda",
             # The loader's own seed for its workers, who draw nothing: not from torch's generator.
             generator=torch.Generator(),
+            worker_init_fn=obey_parent,
         )
-        for images in loader:
+        with held_back():  # while the workers are started
+            made = iter(loader)
+        for images in made:
             yield self._checked(images)
 
     def _checked(self, images: Tensor | str) -> Tensor:

@@ -6,9 +6,7 @@ batch whatever the number of processes; and the sums are taken in the order of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -17,23 +15,7 @@ from torch import Tensor, nn
 
 from cutmix_exp.data.pipeline import Normalizer
 from cutmix_exp.distributed import World
-
-BATCH = 250
-
-
-class EvaluationSet(Protocol):
-    """Images to be judged: an `ImageSet` on the device, or a `StreamedSet`.
-
-    Attributes:
-        labels: int64 [N].
-    """
-
-    @property
-    def labels(self) -> Tensor: ...
-    def __len__(self) -> int: ...
-    def batches(self, indices: list[np.ndarray]) -> Iterator[Tensor]:
-        """The images uint8 [n, 3, H, W], on the device, of each list of indices."""
-        ...
+from cutmix_exp.evaluation.base import EvaluationSet, Findings, Subject, Suite, over_images
 
 
 @dataclass(frozen=True)
@@ -77,29 +59,22 @@ def predict(
     """
     was_training = network.training
     network.eval()
-    size, batch = len(data), min(BATCH, len(data))
-    numbers = range(world.rank, -(-size // batch), world.size)
-    # The last batch is filled up with its last image.
-    indices = [np.minimum(np.arange(n * batch, (n + 1) * batch), size - 1) for n in numbers]
-    mine: list[tuple[int, dict[str, np.ndarray]]] = []
-    for number, index, images in zip(numbers, indices, data.batches(indices), strict=True):
+
+    def judge(images: Tensor, labels: Tensor, _: np.ndarray) -> dict[str, Tensor]:
         with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
             logits = network(normalize(images))
-        real = min(batch, size - number * batch)
-        labels = data.labels[torch.from_numpy(index[:real])].to(world.device)
-        mine.append((number, _read_off(logits.float()[:real], labels)))
+        return read_off(logits.float(), labels)
+
+    columns = over_images(data, world, judge)
     network.train(was_training)
-    batches = sorted(
-        (item for part in world.gather(mine) for item in part), key=lambda item: item[0]
-    )
-    columns = {name: np.concatenate([b[name] for _, b in batches]) for name in batches[0][1]}
     return Predictions(**columns)
 
 
-def _read_off(logits: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
+def read_off(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The columns of `Predictions` of logits float32 [n, K] and labels int64 [n]."""
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = (best == labels[:, None]) & logits.isfinite().all(1, keepdim=True)
-    out = {
+    return {
         "loss": F.cross_entropy(logits, labels, reduction="none"),
         "label": labels,
         "predicted": best[:, 0],
@@ -107,4 +82,15 @@ def _read_off(logits: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
         "in_top1": hits[:, 0],
         "in_top5": hits.any(1),
     }
-    return {name: value.cpu().numpy() for name, value in out.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification(Suite):
+    """Errors and loss on the test set, and what the network says of each image."""
+
+    def run(self, subject: Subject) -> Findings:
+        found = predict(
+            subject.network, subject.test, subject.normalize, subject.world, subject.config.dtype
+        )
+        columns = {"correct": found.in_top1, **asdict(found)}
+        return Findings(metrics=found.metrics(), per_image=columns)

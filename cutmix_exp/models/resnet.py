@@ -169,7 +169,14 @@ class Residual(Model):
 @dataclass(frozen=True, kw_only=True)
 class ResNet(Residual):
     """ResNet (He et al., 1512.03385): ResNet-110 with bottlenecks on CIFAR-like images (paper
-    Table 6), ResNet-50 on ImageNet-like ones (Table 3)."""
+    Table 6), ResNet-50 on ImageNet-like ones (Table 3).
+
+    Attributes:
+        last_stride: of the last stage. 1 doubles the side of the last map, as for localisation
+            (paper appendix B: 14x14 of 224 px).
+    """
+
+    last_stride: int = option(2, ge=1, le=2, neutral=2)
 
     def _default_depth(self, image_size: int) -> int:
         return 110 if (self.layout or family(image_size)) == "cifar" else 50
@@ -179,10 +186,12 @@ class ResNet(Residual):
         planes = inputs = 64 if self.layout == "imagenet" else 16
         stem = imagenet_stem(planes) if self.stem == "imagenet" else self._small_stem(planes)
         stages: list[nn.Module] = []
-        for index, length in enumerate(self._stage_lengths()):
+        lengths = self._stage_lengths()
+        for index, length in enumerate(lengths):
             blocks = []
+            stage_stride = self.last_stride if index == len(lengths) - 1 else min(2, index + 1)
             for position in range(length):
-                blocks.append(block(inputs, planes, 2 if index and not position else 1))
+                blocks.append(block(inputs, planes, 1 if position else stage_stride))
                 inputs = planes * block.expansion
             stages.append(nn.Sequential(*blocks))
             planes *= 2

@@ -82,7 +82,56 @@ def _paper_curves(axes: Any, section: Section) -> None:
     draw_curves(axes, section, ("Baseline", "CutMix"))
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """Draws a curve that a suite has found of each network: the mean of the seeds.
+
+    Attributes:
+        suite, curve: where a record has it.
+        x, y: the curve's columns.
+        labels: of the axes.
+    """
+
+    suite: str
+    curve: str
+    x: str
+    y: str
+    labels: tuple[str, str]
+
+    def __call__(self, axes: Any, section: Section) -> None:
+        for line in section.lines:
+            found = [e for r in line.records if (e := r.get("evaluations", {}).get(self.suite))]
+            curves = [e["curves"][self.curve] for e in found if self.curve in e["curves"]]
+            if curves:
+                mean = np.mean([curve[self.y] for curve in curves], axis=0)
+                axes.plot(curves[0][self.x], mean, marker=".", label=_legend(line, section))
+        axes.set(xlabel=self.labels[0], ylabel=self.labels[1])
+
+
+def _figure5(name: str, table: str) -> tuple[Figure, ...]:
+    """The four panels of the paper's Figure 5, of the networks of a table."""
+    side = ("side of the square (px)", "top-1 error (%)")
+    kinds = {kind: f"{kind}_occlusion" for kind in ("centre", "boundary")}
+    occluded = tuple(
+        Figure(f"{name}_{kind}", table, Evaluated("occlusion", curve, "side", "top1_error", side))
+        for kind, curve in kinds.items()
+    )
+    ratio = ("combination ratio", "neither class predicted (%)")
+    between = tuple(
+        Figure(
+            f"{name}_{kind}",
+            table,
+            Evaluated("in_between", f"in_between_{kind}", "ratio", "neither_error", ratio),
+        )
+        for kind in ("mixup", "cutmix")
+    )
+    return occluded + between
+
+
 FIGURES = (
+    *_figure5("figure5_imagenet", "figure5_imagenet"),
+    *_figure5("figure5_cifar10_jpeg", "evaluations_cifar10_jpeg"),
+    *_figure5("figure5_tiny_imagenet", "evaluations_tiny_imagenet"),
     Figure("figure2_cifar100_pyramidnet200", "cifar100_pyramidnet200", _paper_curves),
     Figure("figure2_imagenet_resnet50", "imagenet_resnet50", _paper_curves),
     Figure("figure3_alpha", "alpha_ablation", draw_values),

@@ -115,19 +115,38 @@ def cost_of(
     trains = [line for line in lines if line["split"] == "train"]
     speeds = sorted(line["images_per_second"] for line in trains if line["images_per_second"])
     if config.device == "cuda":
-        device, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
+        peak = torch.cuda.max_memory_allocated()
     else:
-        device, peak = cpu_name(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "wall_seconds": round(seconds, 3),
         "images_per_second": round(speeds[len(speeds) // 2], 2) if speeds else 0.0,
         "peak_memory_bytes": int(peak),
-        "device": device,
+        "device": device_name(config.device),
         "threads": torch.get_num_threads(),
         "world_size": config.world_size,
         "flops_per_image": forward_flops(network, config.dataset.image_size),
         "parameters": sum(p.numel() for p in network.parameters()),
     }
+
+
+def external_record(name: str, config: Config) -> Record:
+    """The record of a network from elsewhere: how it was trained is not known here."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": name,
+        "status": "external",
+        "dataset": config.dataset.name,
+        "model": config.model.name,
+        "cost": {},
+        "evaluations": {},
+        "provenance": provenance(),
+        "config": portable_config(config.to_dict()),
+    }
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else cpu_name()
 
 
 def cpu_name() -> str:
@@ -145,6 +164,8 @@ def continue_record(record: Record, before: Record) -> None:
     earlier = before["provenance"].get("starts") or [before["provenance"]]
     record["provenance"]["starts"] = [*earlier, {**record["provenance"]}]
     record["provenance"]["dirty"] = any(start["dirty"] for start in record["provenance"]["starts"])
+    if "warnings" in before["provenance"]:
+        record["provenance"]["warnings"] = list(before["provenance"]["warnings"])
 
 
 def provenance() -> dict[str, Any]:
@@ -181,14 +202,21 @@ def _version(package: str) -> str | None:
 
 def portable(record: Record) -> Record:
     """A copy of a record to be committed: without the places of one machine."""
-    config = {**record["config"], "runs_dir": "runs"}
-    config["dataset"] = {**config["dataset"], "root": "data"}
-    if "cache_dir" in config["dataset"]:
-        config["dataset"]["cache_dir"] = None
     provenance = _placeless(record["provenance"])
     if "starts" in provenance:
         provenance["starts"] = [_placeless(start) for start in provenance["starts"]]
-    return {**record, "config": config, "provenance": provenance}
+    return {**record, "config": portable_config(record["config"]), "provenance": provenance}
+
+
+def portable_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A resolved config without the places of one machine."""
+    dataset = {**config["dataset"], "root": "data"}
+    if "cache_dir" in dataset:
+        dataset["cache_dir"] = None
+    model = (
+        {**config["model"], "weights": None} if "weights" in config["model"] else config["model"]
+    )
+    return {**config, "runs_dir": "runs", "dataset": dataset, "model": model}
 
 
 def _placeless(provenance: dict[str, Any]) -> dict[str, Any]:

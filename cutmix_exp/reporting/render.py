@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Sequence
 
+from cutmix_exp.reporting.evaluations import render_evaluations
+from cutmix_exp.reporting.markdown import (
+    bullets,
+    csv_of,
+    interval,
+    mean_and_spread,
+    number,
+    table_of,
+)
 from cutmix_exp.reporting.record import Record
 from cutmix_exp.reporting.statistics import (
     MAX_SEEDS,
     Comparison,
     Difference,
-    Summary,
     seeds_needed,
 )
 from cutmix_exp.reporting.tables import (
@@ -40,6 +45,8 @@ RULE_NAMES: dict[PublishedRule, str] = {
 
 def render(table: Table, records: list[Record]) -> tuple[str, str]:
     """Markdown and CSV of a table."""
+    if table.columns:
+        return render_evaluations(table, records)
     origin = f"Generated from records; the rows are those of configs/table/{table.name}.yaml."
     parts = [f"# {table.title}\n", f"{origin}\n"]
     rows: list[dict[str, object]] = []
@@ -49,42 +56,20 @@ def render(table: Table, records: list[Record]) -> tuple[str, str]:
         rows += [_csv_row(section, result) for result in found]
     if table.caveat:
         parts.append(f"{table.caveat}\n")
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return "\n".join(parts), out.getvalue()
-
-
-def mean_and_spread(summary: Summary, expected: int | None = None) -> str:
-    """`mean ± standard deviation`, with n where it is not the `expected` number of seeds."""
-    if summary.n == 0:
-        return ""
-    spread = "" if math.isnan(summary.std) else f" ± {summary.std:.2f}"
-    count = "" if expected in (None, summary.n) else f" (n={summary.n})"
-    return f"{summary.mean:.2f}{spread}{count}"
+    return "\n".join(parts), csv_of(rows)
 
 
 def _markdown(section: Section, found: list[Result]) -> list[str]:
     parts = [f"## Budget: {section.budget}\n"]
     if all(not result.line.row.overrides for result in found):  # what this code cannot do
-        return [_others(section.table), *_bullets(_published(section)), ""]
+        return [_others(section.table), *bullets(_published(section)), ""]
     parts.append(_selections(section, found))
-    parts += _bullets(_caveats(section, found))
+    parts += bullets(_caveats(section, found))
     parts.append("")
     if section.has_records:
         parts += ["### Intervals, differences, verdicts\n", _details(section, found)]
-        parts += [*_bullets(_reading(section, found)), ""]
+        parts += [*bullets(_reading(section, found)), ""]
     return parts
-
-
-def _bullets(texts: Sequence[str]) -> list[str]:
-    return [f"* {text}" for text in texts]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 
 
 def _selections(section: Section, found: list[Result]) -> str:
@@ -109,7 +94,7 @@ def _selections(section: Section, found: list[Result]) -> str:
                 _protocol(result),
             ]
         )
-    return _table(head, rows)
+    return table_of(head, rows)
 
 
 def _protocol(result: Result) -> str:
@@ -136,7 +121,9 @@ def _others(table: Table) -> str:
     for row in table.rows:
         values = {n: v for claim in row.published for n, v in claim.others.items()}
         rows.append([row.label, *(f"{values[n]:.1f}" if n in values else "" for n in names)])
-    return f"Not run: there is no code for it yet. Published:\n\n{_table(['Method', *names], rows)}"
+    return (
+        f"Not run: there is no code for it yet. Published:\n\n{table_of(['Method', *names], rows)}"
+    )
 
 
 def _details(section: Section, found: list[Result]) -> str:
@@ -152,18 +139,14 @@ def _details(section: Section, found: list[Result]) -> str:
             [
                 result.line.row.label,
                 _protocol(result),
-                _interval(last),
+                interval(last),
                 _difference(difference),
-                _interval(difference),
+                interval(difference),
                 _p_value(result.p_holm["last"]),
                 "; ".join(_verdict(r, c) for r, c in result.comparisons.items()),
             ]
         )
-    return _table(head, rows)
-
-
-def _interval(of: Summary | Difference) -> str:
-    return "" if math.isnan(of.low) else f"{of.low:.2f} to {of.high:.2f}"
+    return table_of(head, rows)
 
 
 def _difference(difference: Difference) -> str:
@@ -278,21 +261,21 @@ def _csv_row(section: Section, result: Result) -> dict[str, object]:
     for error, selections, summaries in (("top1", TOP1, result.top1), ("top5", TOP5, result.top5)):
         for selection in selections:
             name, summary = f"{error}_error_{selection}", summaries[selection]
-            out[f"{name}_mean"] = _number(summary.mean)
-            out[f"{name}_std"] = _number(summary.std)
-            out[f"{name}_low"] = _number(summary.low)
-            out[f"{name}_high"] = _number(summary.high)
+            out[f"{name}_mean"] = number(summary.mean)
+            out[f"{name}_std"] = number(summary.std)
+            out[f"{name}_low"] = number(summary.low)
+            out[f"{name}_high"] = number(summary.high)
             if error == "top1":
                 out[f"{name}_values"] = _values(result, selection)
     out["baseline"] = result.baseline or ""
     for selection in PAIRED:
         difference, name = result.differences[selection], f"difference_{selection}"
         out[f"{name}_n"] = difference.n
-        out[f"{name}_mean"] = _number(difference.mean)
-        out[f"{name}_low"] = _number(difference.low)
-        out[f"{name}_high"] = _number(difference.high)
-        out[f"{name}_p"] = _number(difference.p, 6)
-        out[f"{name}_p_holm"] = _number(result.p_holm[selection], 6)
+        out[f"{name}_mean"] = number(difference.mean)
+        out[f"{name}_low"] = number(difference.low)
+        out[f"{name}_high"] = number(difference.high)
+        out[f"{name}_p"] = number(difference.p, 6)
+        out[f"{name}_p_holm"] = number(result.p_holm[selection], 6)
     out["margin"] = section.table.margin
     out["assumed_std"] = section.table.assumed_std
     for rule in PUBLISHED_RULES:
@@ -311,9 +294,9 @@ def _csv_claim(
         "top5_error": "" if known.top5_error is None else known.top5_error,
         "runs": known.runs or "",
         "source": known.source or "",
-        "difference": _number(comparison.difference) if comparison else "",
-        "p_within": _number(comparison.p_within, 6) if comparison else "",
-        "p_beyond": _number(comparison.p_beyond, 6) if comparison else "",
+        "difference": number(comparison.difference) if comparison else "",
+        "p_within": number(comparison.p_within, 6) if comparison else "",
+        "p_beyond": number(comparison.p_beyond, 6) if comparison else "",
         "verdict": comparison.verdict if comparison else "",
         "seeds_needed": _seeds(comparison.seeds_needed) if comparison else "",
     }
@@ -324,7 +307,3 @@ def _values(result: Result, selection: str) -> str:
     """The errors of the single runs, in the order of `seeds`; `-` where a run has none."""
     values = [top1_error(r, selection) for r in result.line.records]
     return " ".join("-" if v is None else f"{v:.4f}" for v in values)
-
-
-def _number(value: float, digits: int = 4) -> str:
-    return "" if math.isnan(value) else f"{value:.{digits}f}"

@@ -14,6 +14,8 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
+from cutmix_exp.seeding import stream
+
 LEVEL = 0.05
 """Of every test; intervals have confidence 1 - LEVEL."""
 POWER = 0.8
@@ -21,6 +23,8 @@ POWER = 0.8
 MAX_SEEDS = 200
 ROUNDING = 1e-9
 """Values (or differences) that agree to this many points count as equal."""
+FEW_VALUES = 100
+"""Up to so many distinct values are resampled together."""
 
 Verdict = Literal["reproduced", "differs", "too few seeds"]
 
@@ -167,3 +171,90 @@ def seeds_needed(difference: float, std: float, margin: float) -> int | None:
     else:
         enough = power(size - margin) >= POWER
     return int(n[np.argmax(enough)]) if enough.any() else None
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Two networks on the same images.
+
+    Attributes:
+        only_a, only_b: number of images that one of them alone gets right.
+        p: of the exact two-sided test that both are as likely; NaN if there are none.
+    """
+
+    only_a: int
+    only_b: int
+    p: float = math.nan
+
+
+def mcnemar(correct_a: np.ndarray, correct_b: np.ndarray) -> McNemar:
+    """McNemar's exact test (1947): of the images on which the two differ, each is as likely to be
+    right. Pairs by place.
+
+    Args:
+        correct_a, correct_b: bool [N].
+
+    Raises:
+        ValueError: the columns differ in length.
+    """
+    a, b = (column.astype(bool) for column in _paired(correct_a, correct_b))
+    only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
+    if not only_a + only_b:
+        return McNemar(0, 0)
+    p = stats.binomtest(only_a, only_a + only_b, 0.5).pvalue
+    return McNemar(only_a, only_b, float(p))
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """A mean over n images and its percentile interval over resampled images."""
+
+    n: int
+    mean: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+
+
+def paired_bootstrap(a: np.ndarray, b: np.ndarray, seed: int, resamples: int = 10_000) -> Bootstrap:
+    """The mean of a - b over images, in their unit, with a bootstrap interval over the images.
+
+    What training again would change is not in it: that takes seeds.
+
+    Args:
+        a, b: [N], of the same images in the same order; bool counts as 0 and 1.
+
+    Raises:
+        ValueError: the columns differ in length.
+    """
+    a, b = _paired(a, b)
+    return bootstrap_mean(a.astype(np.float64) - b.astype(np.float64), seed, resamples)
+
+
+def bootstrap_mean(values: np.ndarray, seed: int, resamples: int = 10_000) -> Bootstrap:
+    """The mean of one number for each image, and its percentile interval of confidence 1 - LEVEL.
+
+    Where the values are few, as right and wrong are, images with equal values are drawn together, by
+    a multinomial law: the same as that of drawing images with replacement, and faster.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    n = len(values)
+    if n == 0:
+        return Bootstrap(0)
+    mean = float(values.mean())
+    if n == 1 or float(np.ptp(values)) <= ROUNDING:
+        return Bootstrap(n, mean)
+    distinct, counts = np.unique(values, return_counts=True)
+    rng = stream(seed, "bootstrap")
+    if len(distinct) <= FEW_VALUES:
+        means = rng.multinomial(n, counts / n, size=resamples) @ distinct / n
+    else:
+        means = np.array([values[rng.integers(0, n, n)].mean() for _ in range(resamples)])
+    low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
+    return Bootstrap(n, mean, float(low), float(high))
+
+
+def _paired(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.asarray(a), np.asarray(b)
+    if a.shape != b.shape or a.ndim != 1:
+        raise ValueError(f"columns of {a.shape} and {b.shape} values are not of the same images")
+    return a, b

@@ -93,10 +93,28 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Column:
+    """A number that a suite has found, as a column of a table.
+
+    Attributes:
+        label: the heading; published numbers name it among their `others`.
+        suite, metric: where a record has it: evaluations/<suite>/metrics/<metric>.
+        digits: behind the point.
+    """
+
+    label: str
+    suite: str
+    metric: str
+    digits: int = option(1, ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Table:
     """A file of configs/table.
 
     Attributes:
+        columns: of a table of evaluations: what is shown of each network; none: its test errors.
+        upright: whether those numbers run down the page, where there are many.
         common: overrides of every row.
         budget: what is run and shown where nothing else is asked for.
         seeds: number of seeds, counted from 0.
@@ -117,13 +135,19 @@ class Table:
     margin: float = option(0.5, gt=0)
     assumed_std: float = option(0.4, gt=0)
     caveat: str = ""
+    columns: tuple[Column, ...] = ()
+    upright: bool = False
     rows: tuple[Row, ...]
 
     def __post_init__(self) -> None:
         labels = [row.label for row in self.rows]
         if len(set(labels)) < len(labels):
             raise UserError("two rows have the same label")
+        headings = {column.label for column in self.columns}
         for row in self.rows:
+            named = {name for claim in row.published for name in claim.others}
+            if self.columns and named - headings:
+                raise UserError(f"'{row.label}' names no column: {', '.join(named - headings)}")
             if row.baseline is not None and row.baseline not in labels:
                 raise UserError(f"the baseline '{row.baseline}' of '{row.label}' is no row")
 
@@ -210,9 +234,10 @@ def row_configs(table: Table) -> list[Config]:
 
 
 def load_records(folder: Path) -> list[Record]:
-    """All complete records of a folder, in the order of their names."""
+    """All records of a folder of complete runs and of networks from elsewhere, in the order of
+    their names."""
     records = [read_record(p) for p in sorted(folder.glob("*.json"))]
-    return [r for r in records if r["status"] == "complete"]
+    return [r for r in records if r["status"] in ("complete", "external")]
 
 
 def top1_error(record: Record, selection: str) -> float | None:
@@ -279,12 +304,12 @@ def lines_of(table: Table, configs: list[Config | None], records: list[Record]) 
     lines = []
     for row, config in zip(table.rows, configs, strict=True):
         groups: dict[tuple[str, int, str], list[Record]] = {}
-        for record in sorted(records, key=lambda r: (r["seed"], r["run_id"])) if config else []:
-            if _is_of(record, config):
-                protocol = record["protocol"]
-                experiment = record["run_id"].rpartition("-s")[0]
-                key = (protocol["precision"], protocol["bn_group_size"], experiment)
-                groups.setdefault(key, []).append(record)
+        own = [record for record in records if _is_of(record, config)]
+        for record in sorted(own, key=lambda r: (r["seed"], r["run_id"])):
+            protocol = record["protocol"]
+            experiment = record["run_id"].rpartition("-s")[0]
+            key = (protocol["precision"], protocol["bn_group_size"], experiment)
+            groups.setdefault(key, []).append(record)
         lines += [Line(row, config, groups[key]) for key in sorted(groups)] or [
             Line(row, config, [])
         ]
@@ -292,7 +317,7 @@ def lines_of(table: Table, configs: list[Config | None], records: list[Record]) 
 
 
 def _is_of(record: Record, config: Config | None) -> bool:
-    if config is None or record["cell"] != config.cell():
+    if config is None or record.get("cell") != config.cell():  # a network from elsewhere has none
         return False
     group = config.trainer.bn_group_size
     return group is None or record["protocol"]["bn_group_size"] == group

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ class RunLog:
     def __init__(self, run_dir: Path, config: Config, lines: list[Line]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        threading.excepthook = quiet_about_files
         self.file = run_dir / "metrics.jsonl"
         write_text(self.file, "".join(json.dumps(line) + "\n" for line in lines))
         shutil.rmtree(run_dir / "tb", ignore_errors=True)
@@ -77,6 +79,13 @@ class RunLog:
         for name, value in metrics.items():
             self.board.add_scalar(name, value, 0)
         self.board.close()
+
+
+def quiet_about_files(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread of its own and raises that thread's error again in ours; there
+    a full disk is told without a traceback."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
 
 
 class NoLog:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from cutmix_exp.config import Schedule
+from cutmix_exp.errors import UserError
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
 
@@ -47,19 +48,50 @@ def make_optimizer(schedule: Schedule, network: nn.Module) -> torch.optim.Optimi
 
 
 def parameter_groups(schedule: Schedule, network: nn.Module) -> list[dict[str, Any]]:
-    """All parameters, or those with and those without weight decay (see `Schedule.no_decay`)."""
+    """All parameters; or those with and without weight decay (see `Schedule.no_decay`), those of the
+    head with a rate of their own (see `Schedule.head_lr`). `rate` is what multiplies `lr`."""
     parameters = list(network.parameters())
+    parts = [(parameters, 1.0)]
+    if schedule.head_lr is not None:
+        head = {id(p) for layer in head_layers(network) for p in layer.parameters()}
+        rest = [p for p in parameters if id(p) not in head]
+        own = [p for p in parameters if id(p) in head]
+        parts = [(rest, 1.0), (own, schedule.head_lr / schedule.lr)]
+    spared = spared_parameters(schedule, network)
+    groups: list[dict[str, Any]] = []
+    for members, rate in parts:
+        groups.append({"params": [p for p in members if id(p) not in spared], "rate": rate})
+        if schedule.no_decay != "none":
+            without = [p for p in members if id(p) in spared]
+            groups.append({"params": without, "rate": rate, "weight_decay": 0.0})
+    return groups
+
+
+def spared_parameters(schedule: Schedule, network: nn.Module) -> set[int]:
+    """The ids of parameters without weight decay."""
     if schedule.no_decay == "none":
-        return [{"params": parameters}]
+        return set()
     if schedule.no_decay == "norm":
         norms = [m for m in network.modules() if isinstance(m, NORMS)]
-        spared = {id(p) for norm in norms for p in norm.parameters(recurse=False)}
-    else:
-        spared = {id(p) for p in parameters if p.ndim < 2}
-    return [
-        {"params": [p for p in parameters if id(p) not in spared]},
-        {"params": [p for p in parameters if id(p) in spared], "weight_decay": 0.0},
-    ]
+        return {id(p) for norm in norms for p in norm.parameters(recurse=False)}
+    return {id(p) for p in network.parameters() if p.ndim < 2}
+
+
+def head_layers(network: nn.Module) -> list[nn.Module]:
+    """The layers that are new in a network that is fine-tuned.
+
+    Raises:
+        UserError: the network names none and has no linear layer.
+    """
+    if names := getattr(network, "new_layers", ()):
+        return [network.get_submodule(name) for name in names]
+    linear: list[nn.Module] = [m for m in network.modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        raise UserError(
+            f"schedule.head_lr is the rate of the last linear layer, and {type(network).__name__} has "
+            "none; leave it out, or use another model"
+        )
+    return linear[-1:]
 
 
 def learning_rate(schedule: Schedule, epoch: float) -> float:
@@ -85,4 +117,5 @@ def set_rate(
     """Set the rate of a step (counted from 0, of `total` in the epoch)."""
     within = step / total if schedule.updates == "step" else 0.0
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(schedule, epoch + within)
+        # Optimizers of earlier checkpoints have no rate.
+        group["lr"] = group.get("rate", 1.0) * learning_rate(schedule, epoch + within)

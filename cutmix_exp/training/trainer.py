@@ -18,17 +18,25 @@ from cutmix_exp.aug.base import Progress
 from cutmix_exp.aug.feature import feature_maps
 from cutmix_exp.config import Config
 from cutmix_exp.data.pipeline import BatchPlan, Pipeline, make_pipeline
-from cutmix_exp.data.sources import FileSet, ImageSet, Splits
+from cutmix_exp.data.sources import Splits
 from cutmix_exp.distributed import World, share, share_or_last
-from cutmix_exp.errors import UserError
-from cutmix_exp.evaluation.classification import EvaluationSet, Predictions, predict
+from cutmix_exp.errors import Interrupted, UserError
+from cutmix_exp.evaluation.base import EvaluationSet, at_hand
+from cutmix_exp.evaluation.classification import Predictions, predict
 from cutmix_exp.models.batchnorm import BatchGroups, group_batchnorm, micro_batches
 from cutmix_exp.seeding import stream, torch_seed
-from cutmix_exp.training.checkpoint import load_checkpoint, save_checkpoint
+from cutmix_exp.training.checkpoint import (
+    LAST,
+    load_checkpoint,
+    newest_sound,
+    save_checkpoint,
+    save_last,
+)
 from cutmix_exp.training.ema import make_average
 from cutmix_exp.training.logging import Line, Reporter
 from cutmix_exp.training.loss import soft_losses
 from cutmix_exp.training.optim import make_optimizer, set_rate
+from cutmix_exp.training.state import restore, state_of, state_of_rank
 
 PROBE = 2000
 """Training images, without augmentation, on which the train error is measured after each epoch."""
@@ -72,16 +80,21 @@ class Trainer:
             current epoch, and optimizer steps in all.
         lines: the lines of metrics.jsonl so far.
         seconds: time spent in training steps and evaluations, over all starts of the run.
+        fingerprint: of the data.
+        warning: of what `resume` has found.
+        asked_to_stop: returns the number of a signal, or 0; looked at after each step.
     """
 
     def __init__(self, config: Config, splits: Splits, world: World, report: Reporter) -> None:
         self.config, self.world, self.report = config, world, report
+        self.fingerprint = splits.fingerprint
         set_determinism(config.trainer.deterministic)
-        self.test = self.at_hand(splits.test)
-        self.val = None if splits.val is None else self.at_hand(splits.val)
+        device = world.device
+        self.test = at_hand(splits.test, config, device)
+        self.val = None if splits.val is None else at_hand(splits.val, config, device)
         # Drawn, since a set may be ordered by class; the same images in every run on the set.
         drawn = stream(0, "probe").permutation(len(splits.train))[:PROBE]
-        self.probe = self.at_hand(splits.train.at(np.sort(drawn)))
+        self.probe = at_hand(splits.train.at(np.sort(drawn)), config, device)
 
         self.model = make_model(config).to(memory_format=config.model.memory_format)
         self.model.to(world.device)
@@ -100,9 +113,12 @@ class Trainer:
         self.epoch = self.epoch_step = self.step = 0
         self.lines: list[Line] = []
         self.seconds = 0.0
+        self.warning = ""
         self.sums = RunningSums(world.device)
         self.checkpoints = config.run_dir / "checkpoints"
         self.after_step: Callable[[], None] = lambda: None
+        self.asked_to_stop: Callable[[], int] = lambda: 0
+        self.wishes: Callable[[], list[int]] = nothing
 
     # ---------------------------------------------------------------------------- training
 
@@ -117,6 +133,7 @@ class Trainer:
 
         Raises:
             TrainingFailed: the loss is not finite.
+            Interrupted: a rank was asked to stop; a checkpoint is written.
         """
         self.network.train()
         self.clock = self.saved_at = time.monotonic()
@@ -147,7 +164,7 @@ class Trainer:
             self.after_step()
             if self.finished:
                 break
-            self.save_if_due()
+            self.meet()
 
     def key_noise(self, epoch_step: int, done: float) -> None:
         """Seed what the network draws by itself in this step, on this rank: a resumed run draws
@@ -232,7 +249,7 @@ class Trainer:
         """Raises TrainingFailed if one of the values is not finite."""
         if all(map(math.isfinite, values)):
             return
-        last = self.checkpoints / "last.pt"
+        last = self.checkpoints / LAST
         kept = (
             f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
         )
@@ -260,14 +277,6 @@ class Trainer:
             self.report.say("profile=true left no trace: it takes three training steps or more")
 
     # -------------------------------------------------------------------------- evaluation
-
-    def at_hand(self, data: ImageSet | FileSet) -> EvaluationSet:
-        """A set ready to be evaluated: on the device, or decoded as it is needed."""
-        if isinstance(data, ImageSet):
-            return data.to(self.world.device)
-        from cutmix_exp.data.streaming import StreamedSet
-
-        return StreamedSet(data, self.config.dataset, self.world.device)
 
     def predict(self, data: EvaluationSet, network: nn.Module | None = None) -> Predictions:
         """Of the network that counts: the moving average, where the recipe has one."""
@@ -342,41 +351,31 @@ class Trainer:
         """Of the network and its average: each rank's own until the epoch's end."""
         return dict(self.model.named_buffers()) | self.average.buffers()
 
-    def save_if_due(self) -> None:
+    def meet(self) -> None:
+        """After a step: save if that is due on a rank; save and stop if one was asked to.
+
+        What the ranks wish is exchanged during the next step, and known after it: to wait for it
+        would cost a round trip at each step. An epoch's end waits, since evaluations are long.
+        """
         due = time.monotonic() - self.saved_at > 60 * self.config.checkpoint.every_minutes
-        if self.world.size > 1 and self.step % 20:
-            return  # asking the other ranks at each step would cost more than it is worth
-        if self.world.broadcast(due):
+        earlier, self.wishes = self.wishes, self.world.ask([self.asked_to_stop(), int(due)])
+        wait = self.world.size == 1 or self.epoch_step == self.pipeline.steps_per_epoch
+        signum, due_somewhere = self.wishes() if wait else earlier()
+        if signum or due_somewhere:
             self.save()
+        if signum:
+            raise Interrupted(signum)
 
     def save(self) -> None:
-        """Write last.pt: everything that the continued run needs to go on bit for bit.
-
-        BatchNorm's running statistics and the epoch's sums are each rank's own until the epoch's
-        end, so they are kept for each.
-        """
+        """Write last.pt; the one before it is kept."""
         now = time.monotonic()
         self.seconds += now - self.clock
         self.clock = self.saved_at = now
-        buffers = {name: b.cpu() for name, b in self.buffers().items()}
-        mine: dict[str, Any] = {"buffers": buffers, "sums": self.sums.values.tolist()}
-        ranks = self.world.gather(mine)
+        self.wishes = nothing  # what was asked for before this is done
+        ranks = self.world.gather(state_of_rank(self))
         self.require_finite("training loss", [part["sums"][0] for part in ranks])
         if self.world.is_main:
-            state = {
-                "run_id": self.config.run_id,
-                "model": self.model.state_dict(),
-                "average": self.average.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "ranks": ranks,
-                "epoch": self.epoch,
-                "epoch_step": self.epoch_step,
-                "step": self.step,
-                "lines": self.lines,
-                "seconds": self.seconds,
-            }
-            save_checkpoint(self.checkpoints / "last.pt", state)
+            save_last(self.checkpoints, state_of(self, ranks))
         self.world.barrier()
 
     def save_best(self) -> None:
@@ -385,36 +384,38 @@ class Trainer:
             save_checkpoint(self.checkpoints / "best.pt", best | {"step": self.step})
 
     def resume(self) -> bool:
-        """Continue from last.pt if it is there."""
-        file = self.checkpoints / "last.pt"
-        if not self.world.broadcast(file.exists()):
+        """Continue from the last sound checkpoint, if there is one.
+
+        Raises:
+            UserError: no checkpoint is sound, it is of another run, or the data has changed.
+        """
+        found = self.world.together(
+            lambda: newest_sound(self.checkpoints) if self.world.is_main else None
+        )
+        file, self.warning = self.world.broadcast(found) or (None, "")
+        if file is None:
             return False
-        state = load_checkpoint(file)
-        if state["run_id"] != self.config.run_id:
-            raise UserError(
-                f"{file} belongs to the run {state['run_id']}, not {self.config.run_id}"
-            )
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state.get("average", {}))
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        ranks = state["ranks"]
-        if len(ranks) == self.world.size:
-            own = ranks[self.world.rank]
-            buffers, sums = own["buffers"], own["sums"]
-        else:  # another number of ranks: the mean is what the epoch's end would have made of them
-            buffers = {
-                name: torch.stack([r["buffers"][name].double() for r in ranks]).mean(0)
-                for name in ranks[0]["buffers"]
-            }
-            total = [sum(column) for column in zip(*(r["sums"] for r in ranks), strict=True)]
-            sums = total if self.world.is_main else [0.0] * len(total)
-        for name, buffer in self.buffers().items():
-            buffer.copy_(buffers[name])
-        self.sums.load(sums)
-        for name in ("epoch", "epoch_step", "step", "lines", "seconds"):
-            setattr(self, name, state[name])
+        state = self.world.together(lambda: load_checkpoint(file))
+        self.rehearse()
+        self.world.together(lambda: restore(self, state))
         return True
+
+    def rehearse(self) -> None:
+        """Take the run's first step once more, before what it changes is restored.
+
+        DistributedDataParallel sums gradients in an order that it learns in its first backward
+        pass. Without this, a resumed run of three ranks or more would sum those of its first step
+        in another order than the unbroken run, and differ from it by rounding.
+        """
+        if self.world.size > 1:
+            self.network.train()
+            self.key_noise(0, 0.0)
+            self.train_step(self.pipeline.plan(0, 0))
+
+
+def nothing() -> list[int]:
+    """No signal, and no checkpoint is due."""
+    return [0, 0]
 
 
 def training_pipeline(

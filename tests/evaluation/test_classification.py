@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cutmix_exp.data.pipeline import Normalizer
 from cutmix_exp.data.sources import ImageSet
 from cutmix_exp.distributed import World
-from cutmix_exp.evaluation import classification
+from cutmix_exp.evaluation import base
 from cutmix_exp.evaluation.classification import predict
 from tests.helpers import config_of
 
@@ -94,7 +94,7 @@ class Pretend(World):
 def test_each_image_once_in_order_at_any_world_size(
     size: int, count: int, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(classification, "BATCH", 5)
+    monkeypatch.setattr(base, "BATCH", 5)
     rng = np.random.default_rng(0)
     logits = torch.tensor(rng.normal(size=(count, 10)), dtype=torch.float32)
     images = data(rng.integers(0, 10, count).tolist())
@@ -113,7 +113,7 @@ def test_each_image_once_in_order_at_any_world_size(
 
     for rank in range(size - 1):
         predict_part(network, images, Keep(rank, size, CPU))
-    last = Pretend(size - 1, size, CPU, tuple(parts))
+    last = Pretend(size - 1, size, CPU, others=tuple(parts))
     together = predict(network, images, Normalizer(DATASET, CPU), last, torch.float32)
     for name in ("loss", "label", "predicted", "confidence", "in_top1", "in_top5"):
         assert np.array_equal(getattr(together, name), getattr(alone, name)), name

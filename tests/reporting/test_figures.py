@@ -25,6 +25,13 @@ def with_curve(overrides: list[str], seed: int, last: float) -> dict[str, Any]:
     """A record of 300 epochs that ends at an error."""
     made = record(overrides, seed, last)
     made["history"] = {"test/top1_error": list(np.linspace(90.0, last, 300))}
+    errors = [last, 50.0, 90.0]
+    sides = {"side": [0.0, 16.0, 32.0], "top1_error": errors}
+    ratios = {"ratio": [0.0, 0.5, 1.0], "neither_error": errors}
+    made["evaluations"] = {
+        "occlusion": {"curves": {"centre_occlusion": sides, "boundary_occlusion": sides}},
+        "in_between": {"curves": {"in_between_mixup": ratios, "in_between_cutmix": ratios}},
+    }
     return made
 
 
@@ -72,6 +79,18 @@ def test_files_are_made_only_where_there_are_records(
     cutout = ["dataset=cifar100", "model=pyramidnet", "aug=cutout"]
     write_figure(figure, [with_curve(cutout, 0, 14.0)], tmp_path)  # no row of this figure
     assert not file.exists() and "no records" in capsys.readouterr().out
+
+
+def test_curves_of_suites_are_the_mean_of_the_seeds(axes: Any) -> None:
+    cutmix = ["dataset=imagenet", "model=resnet", "aug=cutmix"]
+    records = [with_curve(cutmix, 0, 20.0), with_curve(cutmix, 1, 24.0)]
+    records.append(record([*cutmix[:2], "aug=mixup"], 0, 22.0))  # not examined
+    figure = BY_NAME["figure5_imagenet_centre"]
+    (section,) = sections(load_table(figure.table), records)
+    figure.draw(axes, section)
+    (line,) = axes.lines
+    assert line.get_label() == "CutMix"
+    assert line.get_xydata().tolist() == [[0.0, 22.0], [16.0, 50.0], [32.0, 90.0]]
 
 
 @pytest.mark.parametrize("figure", FIGURES, ids=lambda f: f.name)

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from cutmix_exp.reporting import statistics
 from cutmix_exp.reporting.statistics import (
     Comparison,
+    bootstrap_mean,
     compare,
     holm,
+    mcnemar,
+    paired_bootstrap,
     paired_difference,
     seeds_needed,
     summarize,
@@ -148,3 +152,58 @@ def test_the_number_of_seeds_settles_it_in_four_cases_of_five(
 
     assert share(number) > 0.78
     assert share(number - 2) < 0.82
+
+
+def test_mcnemar_by_hand() -> None:
+    # Nine images on which they differ, eight of them for a: 2 * (C(9,8) + C(9,9)) / 2^9 = 20 / 512.
+    a = np.array([True] * 8 + [False] + [True] * 5 + [False] * 6)
+    b = np.array([False] * 8 + [True] + [True] * 5 + [False] * 6)
+    found = mcnemar(a, b)
+    assert (found.only_a, found.only_b) == (8, 1)
+    assert found.p == pytest.approx(20 / 512)
+    other = mcnemar(b.astype(np.int64), a.astype(np.int64))  # ones and zeros will do
+    assert (other.only_a, other.only_b, other.p) == (1, 8, found.p)
+
+
+def test_mcnemar_of_equal_or_unpaired_columns() -> None:
+    found = mcnemar(np.array([True, False]), np.array([True, False]))
+    assert (found.only_a, found.only_b) == (0, 0) and math.isnan(found.p)
+    with pytest.raises(ValueError, match="not of the same images"):
+        mcnemar(np.array([True]), np.array([True, False]))
+    with pytest.raises(ValueError, match="not of the same images"):
+        paired_bootstrap(np.zeros(3), np.zeros(1), seed=0)
+
+
+def test_the_bootstrap_of_two_images_by_hand() -> None:
+    """Resampled means of 0 and 1 are 0, 1/2 and 1 in the proportion 1 : 2 : 1, so that the 2.5%
+    and 97.5% points are 0 and 1; of a - b = 1, 1, 1, 1, -1 the law is binomial."""
+    found = bootstrap_mean(np.array([0.0, 1.0]), seed=0)
+    assert (found.n, found.mean, found.low, found.high) == (2, 0.5, 0.0, 1.0)
+    a, b = np.array([True] * 4 + [False]), np.array([False] * 4 + [True])
+    found = paired_bootstrap(a, b, seed=0)
+    low, high = stats.binom.ppf([0.025, 0.975], 5, 0.8)
+    assert (found.mean, found.low, found.high) == pytest.approx(
+        (0.6, 2 * low / 5 - 1, 2 * high / 5 - 1)
+    )
+
+
+@pytest.mark.parametrize("few", [100, 1_000])
+def test_the_bootstrap_agrees_with_scipy_and_hangs_on_the_seed(
+    few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statistics, "FEW_VALUES", few)  # 200 values are many, or few
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(1.0, 1.0, 200), rng.normal(0.0, 1.0, 200)
+    found = paired_bootstrap(a, b, seed=1, resamples=4_000)
+    scipy = stats.bootstrap(
+        (a - b,), np.mean, n_resamples=4_000, method="percentile", vectorized=True
+    ).confidence_interval
+    assert (found.low, found.high) == pytest.approx((scipy.low, scipy.high), abs=0.03)
+    assert found == paired_bootstrap(a, b, seed=1, resamples=4_000)
+    assert found != paired_bootstrap(a, b, seed=2, resamples=4_000)
+
+
+def test_a_bootstrap_without_spread() -> None:
+    none, one = bootstrap_mean(np.array([]), seed=0), bootstrap_mean(np.array([3.0]), seed=0)
+    assert none.n == 0 and math.isnan(none.mean)
+    assert (one.n, one.mean) == (1, 3.0) and math.isnan(one.low)

@@ -404,18 +404,25 @@ RICH = [
     "schedule.ema_every=2",
     "schedule.loss=bce",
     "schedule.repeated_augmentation=2",
-    "aug=mixup",
+    "aug=[mixup,shakedrop,dropblock]",  # the network draws noise of its own
 ]
 
 
 @pytest.mark.parametrize("stop", [1, 5])  # within the warm-up and after it, both in mid-epoch
 def test_a_rich_recipe_is_resumed_bit_for_bit_in_mid_epoch(stop: int, tmp_path: Path) -> None:
+    """With the scaler of fp16, which is off on a CPU otherwise; it grows every second step."""
+
+    def scaled(config: Config, data: Splits) -> Trainer:
+        made = trainer_of(config, data)
+        made.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+        return made
+
     ends = []
     for name, moment in (("unbroken", None), ("broken", stop)):
         config = config_of(*RICH, f"runs_dir={tmp_path / name}")
         data = config.dataset.load()
         if moment:
-            t = trainer_of(config, data)
+            t = scaled(config, data)
 
             def die(t: Trainer = t) -> None:
                 if t.step == stop:
@@ -425,11 +432,14 @@ def test_a_rich_recipe_is_resumed_bit_for_bit_in_mid_epoch(stop: int, tmp_path: 
             t.after_step = die
             with pytest.raises(Stopped):
                 t.fit(NoLog())
-        t = trainer_of(config, data)
+        t = scaled(config, data)
         assert t.resume() == bool(moment)
         t.fit(NoLog())
         ends.append(load_checkpoint(t.checkpoints / "last.pt"))
     one, two = ends
+    assert one["scaler"] == two["scaler"] and one["scaler"]["scale"] == 8.0 * 2 ** (
+        one["step"] // 2
+    )
     for part in ("model", "average"):
         assert one[part].keys() == two[part].keys()
         for key, tensor in one[part].items():

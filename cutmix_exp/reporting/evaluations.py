@@ -1,0 +1,171 @@
+"""Tables of what suites have found (paper Tables 9, 11, 12, A2): published beside ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cutmix_exp.reporting.markdown import bullets, csv_of, mean_and_spread, number, table_of
+from cutmix_exp.reporting.record import Record
+from cutmix_exp.reporting.statistics import Summary, summarize
+from cutmix_exp.reporting.tables import Column, Line, Row, Section, Table, sections
+
+
+def render_evaluations(table: Table, records: list[Record]) -> tuple[str, str]:
+    """Markdown and CSV of a table with columns: rows are networks, cells what a suite found of
+    those of the last epoch; then the networks from elsewhere that were examined by these suites."""
+    origin = f"Generated from records; the rows are those of configs/table/{table.name}.yaml."
+    parts = [f"# {table.title}\n", f"{origin}\n"]
+    rows: list[dict[str, object]] = []
+    for section in sections(table, records):
+        parts += _markdown(section)
+        rows += [_csv_row(section, line, c) for line in section.lines for c in table.columns]
+    parts += _others(table, records)
+    if table.caveat:
+        parts.append(f"{table.caveat}\n")
+    return "\n".join(parts), csv_of(rows)
+
+
+def found_of(record: Record, column: Column) -> float | None:
+    """A suite's number in a record; None where it was not run."""
+    entry = record.get("evaluations", {}).get(column.suite)
+    value = None if entry is None else entry["metrics"].get(column.metric)
+    return None if value is None else float(value)
+
+
+def values_of(records: Sequence[Record], column: Column) -> list[float]:
+    found = [found_of(record, column) for record in records]
+    return [value for value in found if value is not None]
+
+
+def published_of(row: Row, column: Column) -> float | None:
+    found = [claim.others[column.label] for claim in row.published if column.label in claim.others]
+    return found[0] if found else None
+
+
+def _markdown(section: Section) -> list[str]:
+    table = section.table
+    grid = _upright(section) if table.upright else _by_method(section)
+    return [f"## Budget: {section.budget}\n", table_of(*grid), *bullets(_caveats(section)), ""]
+
+
+def _by_method(section: Section) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows with a network a row."""
+    table = section.table
+    published = {c.label for row in table.rows for c in table.columns if _has(row, c)}
+    head = ["Method", "epochs"]
+    for column in table.columns:
+        head += [f"{column.label}: published"] * (column.label in published) + [column.label]
+    rows = []
+    for line in section.lines:
+        cells = [line.row.label, str(line.config.epochs) if line.config else ""]
+        for column in table.columns:
+            cells += [_published(line, column)] * (column.label in published)
+            cells.append(_cell(line, column))
+        rows.append([*cells, line.seeds, _protocol(line)])
+    return [*head, "seeds", "protocol"], rows
+
+
+def _upright(section: Section) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows with a number a row, and two columns for each network."""
+    head = ["Number"]
+    for line in section.lines:
+        head += [f"{line.row.label}: published", line.row.label]
+    rows = []
+    for column in section.table.columns:
+        cells = [column.label]
+        for line in section.lines:
+            cells += [_published(line, column), _cell(line, column)]
+        rows.append(cells)
+    for name, of in (("seeds", lambda line: line.seeds), ("protocol", _protocol)):
+        if section.has_records:
+            rows.append([name, *(cell for line in section.lines for cell in ("", of(line)))])
+    return head, rows
+
+
+def _protocol(line: Line) -> str:
+    if not line.records:
+        return ""
+    return f"{line.protocol('precision')}, BN {line.protocol('bn_group_size')}"
+
+
+def _published(line: Line, column: Column) -> str:
+    value = published_of(line.row, column)
+    return "" if value is None else f"{value:.{column.digits}f}"
+
+
+def _has(row: Row, column: Column) -> bool:
+    return published_of(row, column) is not None
+
+
+def _cell(line: Line, column: Column) -> str:
+    values = values_of(line.records, column)
+    if not values:
+        return line.state if not line.records else "not run"
+    return mean_and_spread(summarize(values), len(line.records), column.digits)
+
+
+def _caveats(section: Section) -> list[str]:
+    table = section.table
+    texts = [
+        "The networks are those of the last epoch; mean ± sample standard deviation over seeds. "
+        "Suites: " + ", ".join(dict.fromkeys(f"`{c.suite}`" for c in table.columns)) + ".",
+    ]
+    records = [r for line in section.lines for r in line.records]
+    entries = [r["evaluations"].get(c.suite) for r in records for c in table.columns]
+    if done := [entry for entry in entries if entry]:
+        devices = sorted({f"{e['cost']['device']}, {e['precision']}" for e in done})
+        texts.append(f"Evaluated on: {'; '.join(devices)}.")
+    sources = [c.source for line in section.lines for c in line.row.published if c.source]
+    if sources:
+        texts.append(f"Published: {'; '.join(dict.fromkeys(sources))}.")
+        if section.budget != "paper":
+            texts.append(
+                "Published numbers are of the whole recipe: not to be compared with these."
+            )
+    return texts + [f"{r.label}: {r.note}." for r in table.rows if r.note]
+
+
+def _others(table: Table, records: list[Record]) -> list[str]:
+    """Networks from elsewhere with findings for this table, on its data sets."""
+    datasets = {w.partition("=")[2] for w in table.common if w.startswith("dataset=")}
+    rows = []
+    for record in records:
+        if record["status"] != "external" or record["dataset"] not in datasets:
+            continue
+        found = [found_of(record, column) for column in table.columns]
+        if any(value is not None for value in found):
+            cells = [
+                "not run" if v is None else f"{v:.{c.digits}f}"
+                for v, c in zip(found, table.columns, strict=True)
+            ]
+            rows.append([record["run_id"], *cells])
+    if not rows:
+        return []
+    head = ["Network", *(column.label for column in table.columns)]
+    return ["## Networks from elsewhere\n", table_of(head, rows), ""]
+
+
+def _csv_row(section: Section, line: Line, column: Column) -> dict[str, object]:
+    values = values_of(line.records, column)
+    summary: Summary = summarize(values)
+    published = published_of(line.row, column)
+    return {
+        "table": section.table.name,
+        "budget": section.budget,
+        "row": line.row.label,
+        "column": column.label,
+        "suite": column.suite,
+        "metric": column.metric,
+        "state": "run" if values else ("not run" if line.records else line.state),
+        "epochs": line.config.epochs if line.config else "",
+        "precision": line.protocol("precision"),
+        "bn_group_size": line.protocol("bn_group_size"),
+        "n": len(values),
+        "seeds": line.seeds,
+        "mean": number(summary.mean),
+        "std": number(summary.std),
+        "low": number(summary.low),
+        "high": number(summary.high),
+        "values": " ".join(f"{value:.4f}" for value in values),
+        "published": "" if published is None else published,
+    }
