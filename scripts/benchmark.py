@@ -75,7 +75,8 @@ def command(arguments: list[str]) -> int:
             publish(each)
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        write_jpegs(Path(folder))
+        if name in ("all", "epoch", "decode"):
+            write_jpegs(Path(folder))
         chosen = [
             case for group in (ALL if name == "all" else [name]) for case in GROUPS[group](folder)
         ]

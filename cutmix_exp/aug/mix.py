@@ -19,6 +19,7 @@ from cutmix_exp.aug.base import (
     MixPlan,
     Partner,
     draw_partner,
+    on,
     taken,
     two_weights,
     unmixed,
@@ -92,7 +93,7 @@ def paste_partner(plan: MixPlan, sources: list[Tensor]) -> Tensor:
     """Source 0 with source 1 inside the plan's boxes; source 0 itself where the plan has none."""
     if plan.boxes is None:
         return sources[0]
-    boxes = torch.from_numpy(plan.boxes).to(sources[0].device)
+    boxes = on(sources[0], plan.boxes)
     return paste_boxes(sources[0], sources[1], boxes)
 
 
@@ -101,7 +102,7 @@ def paste_in_place(plan: MixPlan, images: Tensor, rows: list[np.ndarray]) -> Ten
     `Mixer.combine`): what lies outside the boxes is not touched where the pool is the host."""
     if plan.boxes is None:
         return taken(images, rows[0])
-    partners = torch.from_numpy(rows[1]).to(images.device)
+    partners = on(images, rows[1])
     if (plan.boxes == plan.boxes[0]).all():
         top, left, bottom, right = plan.boxes[0].tolist()
         box = (slice(None), slice(None), slice(top, bottom), slice(left, right))
@@ -111,7 +112,7 @@ def paste_in_place(plan: MixPlan, images: Tensor, rows: list[np.ndarray]) -> Ten
         mixed[box] = inside
         return mixed
     if images.device.type != "cpu":
-        boxes = torch.from_numpy(plan.boxes).to(images.device)
+        boxes = on(images, plan.boxes)
         return paste_boxes(taken(images, rows[0]), images.index_select(0, partners), boxes)
     mixed = images.index_select(0, torch.from_numpy(rows[0]))
     pool, out = images.numpy(), mixed.numpy()
@@ -291,5 +292,5 @@ class Mixup(PairMixer):
     def apply(self, plan: MixPlan, sources: list[Tensor]) -> Tensor:
         if plan.num_sources == 1:
             return sources[0]
-        weights = torch.from_numpy(plan.weights).to(sources[0])[:, :, None, None, None]
+        weights = on(sources[0], plan.weights).to(sources[0].dtype)[:, :, None, None, None]
         return sources[0] * weights[0] + sources[1] * weights[1]

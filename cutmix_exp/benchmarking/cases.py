@@ -208,7 +208,7 @@ def scalings(jpegs: str) -> list[Case]:
 
 
 def memories(jpegs: str) -> list[Case]:
-    title, overrides, batch, _ = SMALL["pyramidnet200"]
+    title, _, batch, _ = SMALL["pyramidnet200"]
     case = small("pyramidnet200", "memory", "stepping", size=32)
     return [
         Case(
