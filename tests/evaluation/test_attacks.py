@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from cutmix_exp.data.sources import ImageSet
+from cutmix_exp.data.sources import ImageSet, Splits
 from cutmix_exp.evaluation import base
 from cutmix_exp.evaluation.attacks import ascent, fgsm, pgd, random_starts
-from cutmix_exp.evaluation.base import Findings, load_suite
+from cutmix_exp.evaluation.base import Findings, Subject, load_suite
 from cutmix_exp.evaluation.classification import predict
 from tests.evaluation.subjects import ALONE, CPU, Linear, Small, agreed, images_of, subject_of
 
@@ -115,16 +115,43 @@ def test_eps_0_is_the_clean_error_exactly(name: str) -> None:
 
 
 def test_bf16_networks_are_judged_in_bf16_and_attacked_in_fp32() -> None:
-    subject = replace(SUBJECT, config=replace(SUBJECT.config, precision="bf16"))
+    """On images whose class hangs on the precision, labelled as bf16 sees them."""
+    many = images_of(3000, 8, 10, seed=1)
+    fp32 = subject_of(NETWORK, many, "dataset.num_classes=10")
+    bf16 = replace(fp32, config=replace(fp32.config, precision="bf16"))
+
+    def first(subject: Subject, images: torch.Tensor) -> torch.Tensor:
+        return subject.logits_of(images).topk(5).indices[:, 0]  # of equals, that of the suites
+
+    some = many.images[first(fp32, many.images) != first(bf16, many.images)]
+    test = ImageSet(some, first(bf16, some))
+    assert len(test) > 2 and (first(fp32, some) != test.labels).any()
+    subject = replace(bf16, splits=Splits(test, None, test, bf16.splits.class_names))
     scores = found("fgsm", subject, eps=0)
-    assert scores.metrics["top1_error"] == clean_error(subject)
+    assert scores.metrics["top1_error"] == scores.metrics["clean_top1_error"] == 0.0
     assert scores.protocol["precision"] == "bf16"
     assert scores.protocol["gradient_precision"] == "fp32"
-    pixels, labels = IMAGES.images.float() / 255, IMAGES.labels
-    fp32 = ascent(load_suite("fgsm").source(subject), pixels, labels)
-    bf16 = ascent(load_suite("fgsm", {"gradient": "run"}).source(subject), pixels, labels)
-    assert torch.equal(fp32, ascent(SUBJECT.logits, pixels, labels))
-    assert not torch.equal(fp32, bf16)
+    pixels, labels = test.images.float() / 255, test.labels
+    exact = ascent(load_suite("fgsm").source(subject), pixels, labels)
+    rough = ascent(load_suite("fgsm", {"gradient": "run"}).source(subject), pixels, labels)
+    assert torch.equal(exact, ascent(fp32.logits, pixels, labels))
+    assert not torch.equal(exact, rough)
+
+
+@pytest.mark.parametrize(("name", "changes"), [("fgsm", {"eps_curve": []}), ("pgd", {})])
+def test_pixels_move_by_eps_in_255ths(name: str, changes: dict[str, Any]) -> None:
+    """What the network was shown last is the attacked image."""
+    shown: list[torch.Tensor] = []
+
+    class Watched(Small):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            shown.append(images.detach())
+            return super().forward(images)
+
+    found(name, subject_of(Watched(), IMAGES, "dataset.num_classes=10"), eps=8, **changes)
+    pixels = SUBJECT.normalize.inverse(shown[-1])
+    moved = (pixels - IMAGES.images.float() / 255).abs().max()
+    assert float(moved) == pytest.approx(8 / 255, abs=1e-5)
 
 
 def test_attacks_hurt_more_with_eps_and_with_steps() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cutmix_exp.data.folders import list_images
 from cutmix_exp.data.sources import ImageSet
 from cutmix_exp.errors import UserError
 from cutmix_exp.evaluation import base
@@ -23,7 +25,7 @@ from cutmix_exp.evaluation.corruptions import (
     published_findings,
 )
 from cutmix_exp.evaluation.severities import ALEXNET_ERROR, CORRUPTIONS
-from tests.data.trees import SYNSETS
+from tests.data.trees import SYNSETS, class_trees
 from tests.evaluation.subjects import Small, agreed, images_of, subject_of
 
 NETWORK = Small()
@@ -90,11 +92,12 @@ def test_all_fifteen_but_frost_which_needs_photographs(tmp_path: Path) -> None:
 
 
 def test_batches_and_subsets_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ["shot_noise", "glass_blur"]
-    whole = found("corruptions", corruptions=names)
+    names = ["shot_noise", "snow"]
+    strong = {"corruptions": names, "family": "imagenet"}  # so that draws decide
+    whole = found("corruptions", **strong)
     monkeypatch.setattr(base, "BATCH", 5)
-    parts = found("corruptions", corruptions=names)
-    some = found("corruptions", corruptions=names, limit=7)
+    parts = found("corruptions", **strong)
+    some = found("corruptions", **strong, limit=7)
     index = some.per_image["index"]
     assert len(index) == 7
     for name in names:
@@ -117,7 +120,8 @@ def cifar_c(folder: Path, names: tuple[str, ...], count: int = 12) -> ImageSet:
     labels = np.tile(rng.integers(0, 10, count, dtype=np.uint8), 5)
     np.save(folder / "labels.npy", labels)
     for name in reversed(names):
-        pixels = rng.integers(0, 256, (5 * count, 32, 32, 3), dtype=np.uint8)
+        colors = rng.integers(0, 256, (5 * count, 1, 1, 3))
+        pixels = (colors * rng.uniform(0.5, 1, (5 * count, 32, 32, 3))).astype(np.uint8)
         np.save(folder / f"{name}.npy", pixels)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     return ImageSet(images, torch.from_numpy(labels.astype(np.int64)))
@@ -145,6 +149,46 @@ def test_cifar_c_in_its_published_layout(tmp_path: Path, cifar_subject: Subject)
     some = found("cifar_c", cifar_subject, limit=5, root=str(tmp_path / "CIFAR-10-C"))
     index = some.per_image["index"]
     assert np.array_equal(some.per_image["fog"], scores.per_image["fog"][index])
+
+
+def test_each_severity_of_cifar_c_is_its_fifth_of_the_rows(
+    tmp_path: Path, cifar_subject: Subject
+) -> None:
+    """Labels that are right for the third severity alone, to a network that reads them off."""
+
+    class Reader(Small):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            raw = cifar_subject.normalize.inverse(images)[:, 0, 0, 0] * 255
+            return torch.nn.functional.one_hot(raw.round().long(), 10).float()
+
+    rows = np.arange(5)[:, None] * 2 + np.arange(12) % 2  # severities see 0 or 1, 2 or 3, ...
+    pixels = np.zeros((60, 32, 32, 3), np.uint8) + rows.reshape(60, 1, 1, 1).astype(np.uint8)
+    (tmp_path / "CIFAR-10-C").mkdir()
+    np.save(tmp_path / "CIFAR-10-C" / "fog.npy", pixels)
+    np.save(tmp_path / "CIFAR-10-C" / "labels.npy", np.tile(rows[2], 5).astype(np.uint8))
+    subject = replace(cifar_subject, network=Reader())
+    assert found("cifar_c", subject).curves["corruptions"]["fog"] == [
+        100.0,
+        100.0,
+        0.0,
+        100.0,
+        100.0,
+    ]
+
+
+def test_a_subset_is_corrupted_by_its_places_in_the_whole_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys: list[int] = []
+    corrupt = Corrupter.__call__
+
+    def watched(self: Corrupter, images: Any, name: str, severity: int, index: Any) -> Any:
+        keys.extend(index.tolist())
+        return corrupt(self, images, name, severity, index)
+
+    monkeypatch.setattr(Corrupter, "__call__", watched)
+    scores = found("corruptions", corruptions=["fog"], severities=[1], limit=5)
+    assert keys[:5] == scores.per_image["index"].tolist() != list(range(5))
 
 
 def test_cifar_c_that_is_not_there_or_not_whole(tmp_path: Path, cifar_subject: Subject) -> None:
@@ -176,11 +220,9 @@ def imagenet_c(folder: Path, names: tuple[str, ...], classes: tuple[str, ...] = 
 
 
 def imagenet_subject(root: Path) -> Subject:
-    network = Small(3, seed=2)
-    words = ("dataset.image_size=16", "dataset.num_classes=3", f"dataset.root={root}")
+    words = ("dataset.num_classes=3", f"dataset.root={root}", "dataset.workers=0")
     test = images_of(4, 16, 3)
-    words = (*words[1:], "dataset.workers=0")
-    return subject_of(network, test, *words, dataset="imagenet", class_names=SYNSETS)
+    return subject_of(Small(3, seed=2), test, *words, dataset="imagenet", class_names=SYNSETS)
 
 
 def test_imagenet_c_in_its_published_layout(tmp_path: Path) -> None:
@@ -234,3 +276,22 @@ def test_mce_by_hand() -> None:
     del hits["frost"]
     partly = published_findings(suite, subject, hits, np.arange(4), "x")  # type: ignore[arg-type]
     assert "mCE" not in partly.metrics and list(partly.skipped) == ["frost"]
+
+
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "occlusion", "in_between", "corruptions"])
+def test_images_that_stream_are_judged_like_those_at_hand(name: str, tmp_path: Path) -> None:
+    """The whole set, and a subset, of files that are decoded as they are needed."""
+    class_trees(tmp_path)
+    files = list_images(tmp_path / "val", SYNSETS)
+    held = imagenet_subject(tmp_path)
+    streamed = replace(held, splits=replace(held.splits, test=files))
+    (images,) = streamed.test.batches([np.arange(6)])
+    assert images.shape == (6, 3, 16, 16)
+    resident = replace(streamed, splits=replace(held.splits, test=ImageSet(images, files.labels)))
+    changes = {"corruptions": ["shot_noise"]} if name == "corruptions" else {}
+    for limit in (None, 4):
+        expected = found(name, resident, limit=limit, **changes)
+        got = found(name, streamed, limit=limit, **changes)
+        assert got.metrics == expected.metrics
+        for column, values in expected.per_image.items():
+            assert np.array_equal(got.per_image[column], values), column

@@ -79,7 +79,7 @@ def test_nothing_covered_is_the_clean_error_exactly() -> None:
 
 
 def test_in_between_is_the_plain_loop() -> None:
-    steps = 4
+    steps = 8  # with a square that is more than half of the side, but less of the area
     got = found("in_between", steps=steps)
     partner = stream(0, "in_between/partner").permutation(30)
     assert got.per_image["partner"].tolist() == partner.tolist()
