@@ -184,7 +184,10 @@ class Trainer:
             once. The authors' CIFAR runs had 32 (batch 64 on two GPUs under DataParallel).
         sync_bn: BatchNorm statistics over all devices (GPUs only).
         deterministic: the same bits from the same command on the same hardware.
-        compile: torch.compile the network.
+        compile: torch.compile the network; None is on GPUs, for trainings of ten epochs or more,
+            which earn its time back. On CPUs it has gained little or lost (docs/performance.md).
+        compile_mode: torch.compile's; `reduce-overhead` replays CUDA graphs, for networks whose
+            many small kernels a GPU finishes faster than they are launched.
         timeout_minutes: how long the processes of a run wait for one of them before they end.
     """
 
@@ -193,7 +196,8 @@ class Trainer:
     bn_group_size: int | None = option(None, ge=1)
     sync_bn: bool = False
     deterministic: bool = True
-    compile: bool = option(False, identity=False)
+    compile: bool | None = option(None, identity=False)
+    compile_mode: Literal["default", "reduce-overhead"] = option("default", identity=False)
     timeout_minutes: float = option(30.0, gt=0, identity=False)
 
 
@@ -412,6 +416,7 @@ def resolve(config: Config, hardware: Hardware | None = None) -> Config:
         model=model,
         aug=config.aug.resolve(dataset.image_size),
         schedule=schedule.resolve(epochs),
+        trainer=_compiled(config.trainer, device, epochs),
     )
     _check_batch(resolved)
     return resolved
@@ -425,6 +430,17 @@ def _device(config: Config, hardware: Hardware) -> Literal["cpu", "cuda"]:
     if config.device == "auto":
         return "cuda" if hardware.gpus else "cpu"
     return config.device
+
+
+COMPILE_FROM = 10
+"""Epochs from which a training on a GPU is compiled by itself."""
+
+
+def _compiled(trainer: Trainer, device: str, epochs: int) -> Trainer:
+    if trainer.compile is not None:
+        return trainer
+    long = epochs >= COMPILE_FROM and trainer.max_steps is None
+    return replace(trainer, compile=device == "cuda" and long)
 
 
 def _devices(config: Config, device: str, hardware: Hardware) -> int:

@@ -154,7 +154,7 @@ def carry_out(trainer: Trainer, record: Record) -> None:
     predictions = trainer.fit(log)
     record["metrics"] = metrics_of(trainer.lines)
     record["history"] = history_of(trainer.lines)
-    record["cost"] = cost_of(config, trainer.model, trainer.lines, trainer.seconds)
+    record["cost"] = cost_of(config, trainer.model, trainer.lines, trainer.seconds, trainer.phases)
     if world.is_main:
         file = config.run_dir / "evaluations" / "test.npz"
         write_atomically(file, lambda f: np.savez_compressed(f, **asdict(predictions)))

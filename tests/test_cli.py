@@ -71,6 +71,12 @@ def test_the_record_tells_the_whole_story(first: tuple[Path, str]) -> None:
     for name in ("wall_seconds", "images_per_second", "peak_memory_bytes", "flops_per_image"):
         assert record["cost"][name] > 0
     assert record["cost"]["world_size"] == 1
+    cost, phases = record["cost"], record["cost"]["phase_seconds"]
+    assert set(phases) == {"input", "step", "evaluation", "checkpoint"}
+    assert all(seconds > 0 for seconds in phases.values())
+    assert sum(phases.values()) <= cost["wall_seconds"] + 0.5
+    done = cost["images_per_second"] * cost["flops_per_image"] * 3  # forward, twice that backward
+    assert cost["achieved_flops"] == pytest.approx(done, rel=1e-3)
     assert len(record["provenance"]["dataset_fingerprint"]) == 16
     assert record["provenance"]["packages"]["torch"] == torch.__version__.split("+")[0]
     assert "aug=cutmix" in record["provenance"]["command"]

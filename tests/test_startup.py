@@ -27,7 +27,9 @@ def test_a_run_on_digits_imports_nothing_that_it_does_not_need(tmp_path: Path) -
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "print(json.dumps(sorted(sys.modules)))\n"
     )
-    done = command(str(driver), *TINY, "aug=cutmix", "trainer.max_steps=2", cwd=tmp_path)
+    done = command(
+        str(driver), *TINY, "aug=cutmix", "trainer.max_steps=2", cwd=tmp_path, fresh=True
+    )
     assert done.returncode == 0, done.stderr
     loaded = json.loads(done.stdout.splitlines()[-1])
     assert "cutmix_exp.training.trainer" in loaded
@@ -65,7 +67,7 @@ def faults(folder: Path, first: str = "startup", **extra: str) -> list[tuple[int
     """Of a process that imports the settings first, and of one spawned by it."""
     script = folder / "faults.py"
     script.write_text(FAULTS.format(first=first))
-    done = command(str(script), **extra)
+    done = command(str(script), fresh=True, **extra)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

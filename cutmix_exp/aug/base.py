@@ -122,32 +122,40 @@ def draw_partner(kind: Partner, shape: BatchShape, rng: np.random.Generator) -> 
     permutation = rng.permutation(shape.batch)
     if kind == "dataset":
         return shape.batch + np.arange(shape.batch)
+    if kind == "permutation" and shape.shares == 1:
+        return permutation
     partners = np.empty(shape.batch, np.int64)
     for part in shape.parts():
-        # A share's part of a uniform permutation, ranked, is a uniform permutation of the share.
-        ranked = {
-            "permutation": permutation[part].argsort().argsort(),
-            "roll": np.roll(np.arange(len(part)), 1),
-            "flip": np.arange(len(part))[::-1],
-        }[kind]
+        if kind == "permutation":
+            # A share's part of a uniform permutation, ranked, is a uniform permutation of it.
+            ranked = permutation[part].argsort().argsort()
+        elif kind == "roll":
+            ranked = np.arange(-1, len(part) - 1)
+        else:
+            ranked = np.arange(len(part))[::-1]
         partners[part] = part[ranked]
     return partners
 
 
 def mix_targets(plan: MixPlan, sources: list[Tensor]) -> Tensor:
     """Soft labels [n, K] float32: the sources' labels [n, K] weighted as the plan says."""
-    weights = torch.from_numpy(plan.weights).to(sources[0].device)
+    weights = on(sources[0], plan.weights)
     mixed = sources[0].float() * weights[0, :, None]
     for weight, source in zip(weights[1:], sources[1:], strict=True):
         mixed = mixed + source.float() * weight[:, None]
     return mixed
 
 
+def on(images: Tensor, array: np.ndarray) -> Tensor:
+    """An array of the host where the images are; a GPU is not waited for."""
+    return torch.from_numpy(array).to(images.device, non_blocking=True)
+
+
 def taken(images: Tensor, row: np.ndarray) -> Tensor:
     """images[row], without a copy where that is all of them in their order."""
     if len(row) == len(images) and np.array_equal(row, np.arange(len(row))):
         return images
-    return images[torch.from_numpy(row)]
+    return images.index_select(0, on(images, row))
 
 
 class PlanReceiver:

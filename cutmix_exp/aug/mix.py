@@ -19,6 +19,7 @@ from cutmix_exp.aug.base import (
     MixPlan,
     Partner,
     draw_partner,
+    on,
     taken,
     two_weights,
     unmixed,
@@ -62,9 +63,8 @@ def boxes_around(
     before its integer centre and is clipped to the image."""
     top, left = centre_y - sides[0] // 2, centre_x - sides[1] // 2
     bottom, right = top + sides[0], left + sides[1]
-    rows = np.clip([top, bottom], 0, height)
-    columns = np.clip([left, right], 0, width)
-    return np.stack([rows[0], columns[0], rows[1], columns[1]], axis=1)
+    boxes = np.stack([top, left, bottom, right], axis=1)
+    return np.minimum(np.maximum(boxes, 0), [height, width, height, width])
 
 
 def cut_boxes(
@@ -93,7 +93,7 @@ def paste_partner(plan: MixPlan, sources: list[Tensor]) -> Tensor:
     """Source 0 with source 1 inside the plan's boxes; source 0 itself where the plan has none."""
     if plan.boxes is None:
         return sources[0]
-    boxes = torch.from_numpy(plan.boxes).to(sources[0].device)
+    boxes = on(sources[0], plan.boxes)
     return paste_boxes(sources[0], sources[1], boxes)
 
 
@@ -102,17 +102,19 @@ def paste_in_place(plan: MixPlan, images: Tensor, rows: list[np.ndarray]) -> Ten
     `Mixer.combine`): what lies outside the boxes is not touched where the pool is the host."""
     if plan.boxes is None:
         return taken(images, rows[0])
+    partners = on(images, rows[1])
     if (plan.boxes == plan.boxes[0]).all():
         top, left, bottom, right = plan.boxes[0].tolist()
         box = (slice(None), slice(None), slice(top, bottom), slice(left, right))
-        partners = images[box][torch.from_numpy(rows[1])]  # copied before the pool changes
+        # Copied before the pool changes. index_select has kernels that images[box][partners] lacks.
+        inside = images[box].contiguous().index_select(0, partners)
         mixed = taken(images, rows[0])
-        mixed[box] = partners
+        mixed[box] = inside
         return mixed
     if images.device.type != "cpu":
-        boxes = torch.from_numpy(plan.boxes).to(images.device)
-        return paste_boxes(taken(images, rows[0]), images[torch.from_numpy(rows[1])], boxes)
-    mixed = images[torch.from_numpy(rows[0])]
+        boxes = on(images, plan.boxes)
+        return paste_boxes(taken(images, rows[0]), images.index_select(0, partners), boxes)
+    mixed = images.index_select(0, torch.from_numpy(rows[0]))
     pool, out = images.numpy(), mixed.numpy()
     for image, row, (top, left, bottom, right) in zip(
         out, rows[1].tolist(), plan.boxes.tolist(), strict=True
@@ -235,16 +237,14 @@ class CutMix(PairMixer):
         boxes[~acts] = 0
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
         share = 1.0 - area / (shape.height * shape.width)
-        weight = {
-            "area": share if self.correct_lambda else lam,
-            "one_hot": share >= 0.5,
-            "half": np.full_like(lam, 0.5),
-        }[self.label]
-        weight = np.where(acts, weight, 1.0)
+        weight = share if self.correct_lambda else lam
+        if self.label != "area":
+            weight = share >= 0.5 if self.label == "one_hot" else np.full_like(lam, 0.5)
+        weights = two_weights(np.where(acts, weight, 1.0))
         return MixPlan(
             partners=partner[None],
-            weights=two_weights(np.broadcast_to(weight, shape.batch)),
-            boxes=np.broadcast_to(boxes, (shape.batch, 4)).copy(),
+            weights=np.repeat(weights, shape.batch // len(lam), axis=1),
+            boxes=np.repeat(boxes, shape.batch // len(lam), axis=0),
         )
 
     def _boxes(self, shape: BatchShape, lam: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -292,5 +292,5 @@ class Mixup(PairMixer):
     def apply(self, plan: MixPlan, sources: list[Tensor]) -> Tensor:
         if plan.num_sources == 1:
             return sources[0]
-        weights = torch.from_numpy(plan.weights).to(sources[0])[:, :, None, None, None]
+        weights = on(sources[0], plan.weights).to(sources[0].dtype)[:, :, None, None, None]
         return sources[0] * weights[0] + sources[1] * weights[1]

@@ -1,11 +1,20 @@
 """The images that every subject is measured on: noise of CIFAR's size, and JPEG files of ImageNet's
-usual size, made once."""
+usual size, made once.
+
+A subject is a function that prepares everything and returns the work: a call of it does one unit (a
+step, a batch) and returns the number of images in it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
+
+Work = Callable[[], int]
 
 CLASSES = 100
 SMALL = 4096
@@ -48,3 +57,7 @@ def write_jpegs(folder: Path) -> None:
             file = folder / part / f"class{number % 4}" / f"{number:03}.jpg"
             file.parent.mkdir(parents=True, exist_ok=True)
             image.save(file, quality=90)
+
+
+def random_batch(batch: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, 3, 32, 32), torch.arange(batch) % CLASSES

@@ -1,6 +1,6 @@
 """This project's own paths as subjects: the trainer's step, its pipelines, mixers and evaluation.
 
-See reference.py for what a subject is.
+inputs.py says what a subject is.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cutmix_exp.aug.base import BatchShape, mix_targets
+from cutmix_exp.aug.base import BatchShape, mix_targets, taken
 from cutmix_exp.benchmarking import worker
-from cutmix_exp.benchmarking.inputs import CLASSES, JPEGS, SMALL
-from cutmix_exp.benchmarking.reference import Work, random_batch
+from cutmix_exp.benchmarking.inputs import CLASSES, JPEGS, SMALL, Work, random_batch
 from cutmix_exp.config import Config, compose, from_dict, resolve
 from cutmix_exp.data.pipeline import BatchPlan
 from cutmix_exp.data.sources import FileSet
@@ -31,6 +31,8 @@ from cutmix_exp.training.logging import Reporter
 from cutmix_exp.training.optim import set_rate
 from cutmix_exp.training.trainer import Trainer
 
+WORLDS = ExitStack()
+"""Process groups, which last as long as the process."""
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -101,26 +103,28 @@ def stepping(overrides: list[str], batch: int, size: int) -> Work:
     return lambda: one_step(trainer, 0, plan)
 
 
+def start_others(overrides: list[str], batch: int, ranks: int) -> None:
+    """Make this process rank 0 and start the others, a core each; they end with it, since they
+    share its process group."""
+    known = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    known |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(worker.free_port())}
+    os.environ.update(known, RANK="0", LOCAL_RANK="0")
+    for rank in range(1, ranks):
+        subprocess.Popen(
+            worker.command(
+                "ours", "scaling", [rank], overrides=overrides, batch=batch, ranks=ranks
+            ),
+            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+
+
 def scaling(overrides: list[str], batch: int, ranks: int) -> Work:
     """Training on some cores, a process on each; one call is four steps of all."""
-    environment = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    if ranks > 1:
-        if "RANK" not in os.environ:
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(worker.free_port())}
-            os.environ.update(environment, RANK="0", LOCAL_RANK="0")
-            followers = [
-                subprocess.Popen(
-                    worker.command(
-                        "ours", "scaling", [rank], overrides=overrides, batch=batch, ranks=ranks
-                    ),
-                    env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                )
-                for rank in range(1, ranks)
-            ]
-            assert followers
-    world = world_of("cpu").__enter__()
+    if ranks > 1 and "RANK" not in os.environ:  # the process that was asked
+        start_others(overrides, batch, ranks)
+    world = WORLDS.enter_context(world_of("cpu"))
     config = config_of(
         [*overrides, f"schedule.batch_size={batch}", "aug=cutmix", f"devices={ranks}"]
     )
@@ -189,7 +193,7 @@ def mixing(batch: int, granularity: str) -> Work:
         plan = mixer.sample(shape, 1.0, stream(0, "mix", step=next(steps)))
         rows = [everything, *plan.partners]
         mixer.combine(plan, images, rows)
-        mix_targets(plan, [targets[torch.from_numpy(row)] for row in rows])
+        mix_targets(plan, [taken(targets, row) for row in rows])
         return batch
 
     return one

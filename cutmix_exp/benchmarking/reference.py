@@ -1,8 +1,6 @@
 """What ours is compared with: a plain training loop in the style of the CutMix authors' code, and
 the usual ways with PIL, torchvision and timm. Nothing of the package's fast paths is used here.
-
-A subject is a function that prepares everything and returns the work: a call of it does one unit
-(a step, a batch) and returns the number of images in it.
+inputs.py says what a subject is.
 """
 
 from __future__ import annotations
@@ -10,7 +8,7 @@ from __future__ import annotations
 import io
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +25,12 @@ from cutmix_exp.benchmarking.inputs import (
     CLASSES,
     MEAN,
     STD,
+    Work,
     jpeg_files,
     label_of,
+    random_batch,
     small_images,
 )
-
-Work = Callable[[], int]
 
 PCA_STD = torch.tensor([0.2175, 0.0188, 0.0045])
 PCA_AXES = torch.tensor(
@@ -204,10 +202,6 @@ def decoding_v2(folder: str) -> Work:
         return 1
 
     return one
-
-
-def random_batch(batch: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(batch, 3, 32, 32), torch.arange(batch) % CLASSES
 
 
 def torchvision_cutmix(batch: int) -> Work:

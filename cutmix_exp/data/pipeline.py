@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from cutmix_exp.aug.base import BatchShape, MixPlan, Regularizer, mix_targets
+from cutmix_exp.aug.base import BatchShape, MixPlan, Regularizer, mix_targets, taken
 from cutmix_exp.data.augment import (
     crop_boxes,
     draw_colors,
@@ -194,8 +193,10 @@ class Pipeline:
 
     def targets_at(self, plan: BatchPlan, positions: np.ndarray) -> Tensor:
         """One-hot labels float32 [n, K] at some positions of the global batch."""
-        index = self.put(plan.index[positions])
-        return F.one_hot(self.labels[index], self.num_classes).float()
+        labels = self.labels.index_select(0, self.put(plan.index[positions]))
+        # Not F.one_hot, which looks at the labels first: a GPU would be waited for.
+        zeros = torch.zeros(len(labels), self.num_classes, device=self.device)
+        return zeros.scatter_(1, labels[:, None], 1.0)
 
     def pool(self, plan: BatchPlan, positions: np.ndarray) -> tuple[Tensor, list[np.ndarray]]:
         """The unmixed images that are needed at some positions [m, 3, H, W], each made once however
@@ -209,7 +210,7 @@ class Pipeline:
     def sources(self, plan: BatchPlan, positions: np.ndarray) -> list[Tensor]:
         """The unmixed images [n, 3, H, W] that meet at each position: its own, then its partners'."""
         images, rows = self.pool(plan, positions)
-        return [images[torch.from_numpy(row)] for row in rows]
+        return [taken(images, row) for row in rows]
 
     def batch(self, plan: BatchPlan, positions: np.ndarray) -> Batch:
         """The mixed images and soft labels of some positions of the global batch."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +22,37 @@ from cutmix_exp.models.resnet import FOUR_STAGES, Residual
 from cutmix_exp.schema import option
 
 
+class AddIntoSlice(torch.autograd.Function):
+    """The shortcut added to the branch's first channels, in place: no zeros, no copy. Forward and
+    backward give the bits of a concatenation with zeros (a test)."""
+
+    @staticmethod
+    def forward(ctx: Any, branch: Tensor, shortcut: Tensor) -> Tensor:
+        ctx.mark_dirty(branch)
+        ctx.channels = shortcut.shape[1]
+        branch[:, : ctx.channels] += shortcut
+        return branch
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, gradient[:, : ctx.channels]
+
+
+def add_shortcut(branch: Tensor, shortcut: Tensor) -> Tensor:
+    """branch [B, C, H, W] plus shortcut [B, c, H, W] with zeros for the channels that it lacks.
+    The branch may be overwritten, unless torch.compile fuses the addition anyway."""
+    missing = branch.shape[1] - shortcut.shape[1]
+    if torch.compiler.is_compiling() or branch.dtype != shortcut.dtype:
+        return branch + F.pad(shortcut, (0, 0, 0, 0, 0, missing))
+    added: Tensor = AddIntoSlice.apply(branch, shortcut)
+    return added
+
+
 class PyramidUnit(nn.Module):
     """BN, convolutions, BN: no ReLU first and none last. The shortcut is the input, average-pooled
     where strided, with zeros for the channels that it lacks; it has no parameters.
 
-    The zeros are added by `F.pad`, which torch.compile traces and fuses; adding into a slice of
-    the branch would give the same bits.
+    See `add_shortcut`: the zeros are never made.
     """
 
     def __init__(self, inputs: int, planes: int, stride: int, block: Block) -> None:
@@ -54,10 +79,9 @@ class PyramidUnit(nn.Module):
             ]
         self.branch = nn.Sequential(*layers, nn.BatchNorm2d(outputs))
         self.shortcut = nn.AvgPool2d(2, ceil_mode=True) if stride == 2 else nn.Identity()
-        self.missing = outputs - inputs
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.branch(x) + F.pad(self.shortcut(x), (0, 0, 0, 0, 0, self.missing))
+        return add_shortcut(self.branch(x), self.shortcut(x))
 
 
 @dataclass(frozen=True, kw_only=True)

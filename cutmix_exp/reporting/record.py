@@ -17,7 +17,7 @@ from torch import nn
 
 from cutmix_exp.config import Config
 from cutmix_exp.errors import UserError
-from cutmix_exp.reporting.flops import forward_flops
+from cutmix_exp.reporting.flops import BACKWARD, forward_flops
 from cutmix_exp.training.logging import Line
 from cutmix_exp.training.trainer import best_epoch
 
@@ -109,23 +109,33 @@ def history_of(lines: list[Line]) -> dict[str, list[float]]:
 
 
 def cost_of(
-    config: Config, network: nn.Module, lines: list[Line], seconds: float
+    config: Config,
+    network: nn.Module,
+    lines: list[Line],
+    seconds: float,
+    phases: dict[str, float],
 ) -> dict[str, Any]:
-    """What the run cost: time, speed, memory (on a CPU the process's peak), arithmetic."""
+    """What the run cost: time (`phase_seconds` of the last start), speed, memory (on a CPU the
+    process's peak), arithmetic; `achieved_flops` is that of the training steps in a second, on all
+    devices together."""
     trains = [line for line in lines if line["split"] == "train"]
     speeds = sorted(line["images_per_second"] for line in trains if line["images_per_second"])
     if config.device == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    speed = round(speeds[len(speeds) // 2], 2) if speeds else 0.0
+    flops = forward_flops(network, config.dataset.image_size)
     return {
         "wall_seconds": round(seconds, 3),
-        "images_per_second": round(speeds[len(speeds) // 2], 2) if speeds else 0.0,
+        "phase_seconds": {name: round(spent, 3) for name, spent in phases.items()},
+        "images_per_second": speed,
         "peak_memory_bytes": int(peak),
         "device": device_name(config.device),
         "threads": torch.get_num_threads(),
         "world_size": config.world_size,
-        "flops_per_image": forward_flops(network, config.dataset.image_size),
+        "flops_per_image": flops,
+        "achieved_flops": round(speed * flops * (1 + BACKWARD)),
         "parameters": sum(p.numel() for p in network.parameters()),
     }
 

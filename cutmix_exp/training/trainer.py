@@ -4,11 +4,12 @@ the batch that the pipeline serves, in the network, and in the smoothing of the 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from cutmix_exp.aug.base import Progress
 from cutmix_exp.aug.feature import feature_maps
 from cutmix_exp.config import Config
-from cutmix_exp.data.pipeline import BatchPlan, Pipeline, make_pipeline
+from cutmix_exp.data.pipeline import Batch, BatchPlan, Pipeline, make_pipeline
 from cutmix_exp.data.sources import Splits
 from cutmix_exp.distributed import World, share, share_or_last
 from cutmix_exp.errors import Interrupted, UserError
@@ -38,6 +39,7 @@ from cutmix_exp.training.loss import soft_losses
 from cutmix_exp.training.optim import make_optimizer, set_rate
 from cutmix_exp.training.state import restore, state_of, state_of_rank
 
+T = TypeVar("T")
 PROBE = 2000
 """Training images, without augmentation, on which the train error is measured after each epoch."""
 
@@ -72,6 +74,23 @@ class RunningSums:
         self.values.copy_(torch.tensor(values, dtype=torch.float64))
 
 
+def timed(phase: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Counts the time in a method of the trainer as that phase's."""
+
+    def wrap(method: Callable[..., T]) -> Callable[..., T]:
+        @functools.wraps(method)
+        def measured(self: Trainer, *args: Any, **named: Any) -> T:
+            began = time.monotonic()
+            try:
+                return method(self, *args, **named)
+            finally:
+                self.phases[phase] += time.monotonic() - began
+
+        return measured
+
+    return wrap
+
+
 class Trainer:
     """Trains one network for one config.
 
@@ -80,6 +99,8 @@ class Trainer:
             current epoch, and optimizer steps in all.
         lines: the lines of metrics.jsonl so far.
         seconds: time spent in training steps and evaluations, over all starts of the run.
+        phases: seconds of this start by phase. On a GPU, which works on while the host goes ahead,
+            `input` is what the host spends on it, and `step` holds the waiting.
         fingerprint: of the data.
         warning: of what `resume` has found.
         asked_to_stop: returns the number of a signal, or 0; looked at after each step.
@@ -105,14 +126,15 @@ class Trainer:
         self.features = config.aug.mix.attach(self.model)
         self.average = make_average(config.schedule, self.model)
         self.clocks = [m for m in self.model.modules() if isinstance(m, Progress)]
-        compiled: Any = torch.compile(self.model) if config.trainer.compile else self.model
-        self.network: nn.Module = world.wrap(compiled, sync_bn=config.trainer.sync_bn)
+        trained = compiled(self.model, config)
+        self.network: nn.Module = world.wrap(trained, sync_bn=config.trainer.sync_bn)
         self.optimizer = make_optimizer(config.schedule, self.model)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
 
         self.epoch = self.epoch_step = self.step = 0
         self.lines: list[Line] = []
         self.seconds = 0.0
+        self.phases = dict.fromkeys(("input", "step", "evaluation", "checkpoint"), 0.0)
         self.warning = ""
         self.sums = RunningSums(world.device)
         self.checkpoints = config.run_dir / "checkpoints"
@@ -155,7 +177,9 @@ class Trainer:
         for epoch_step in self.report.steps(progress, self.epoch_step, total):
             waiting = time.monotonic()
             plan = next(plans)
-            self.epoch_waited += time.monotonic() - waiting
+            waited = time.monotonic() - waiting
+            self.epoch_waited += waited
+            self.phases["input"] += waited
             set_rate(self.optimizer, self.config.schedule, self.epoch, epoch_step, total)
             self.key_noise(epoch_step, (self.epoch + epoch_step / total) / self.config.epochs)
             self.train_step(plan)
@@ -176,6 +200,7 @@ class Trainer:
         for clock in self.clocks:
             clock.done.fill_(done)
 
+    @timed("step")
     def train_step(self, plan: BatchPlan) -> None:
         """One update: forward, loss, backward of each micro-batch, then the optimizer and the average.
 
@@ -185,7 +210,7 @@ class Trainer:
         parts = self.parts(len(plan))
         with micro_batches(self.model, len(parts)) as after_each:
             for number, (positions, weight) in enumerate(parts, start=1):
-                batch = self.pipeline.batch(plan, positions)
+                batch = self.make_batch(plan, positions)
                 self.groups.set(len(plan), self.config.bn_groups, positions)
                 self.features.set(batch.mix, positions)
                 with self.no_sync(number < len(parts)):
@@ -206,6 +231,15 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update(self.epoch, self.step)
+
+    def make_batch(self, plan: BatchPlan, positions: np.ndarray) -> Batch:
+        """The images and targets of some positions; made within the step, but input's time."""
+        began = time.monotonic()
+        batch = self.pipeline.batch(plan, positions)
+        spent = time.monotonic() - began
+        self.phases["input"] += spent
+        self.phases["step"] -= spent
+        return batch
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The recipe's loss [n] of logits [n, K] with soft targets [n, K], in fp32 or better."""
@@ -290,6 +324,7 @@ class Trainer:
         metrics = self.predict(data, self.model).metrics()
         return {f"raw_{name}": value for name, value in metrics.items()}
 
+    @timed("evaluation")
     def finish_epoch(self, log: Log) -> Predictions:
         """Evaluate and log; counts the epoch as finished if it is."""
         elapsed = max(time.monotonic() - self.epoch_clock, 1e-9)
@@ -366,6 +401,7 @@ class Trainer:
         if signum:
             raise Interrupted(signum)
 
+    @timed("checkpoint")
     def save(self) -> None:
         """Write last.pt; the one before it is kept."""
         now = time.monotonic()
@@ -447,6 +483,15 @@ def make_model(config: Config) -> nn.Module:
     for op in config.aug.network.values():
         network = op.attach(network)
     return network
+
+
+def compiled(model: nn.Module, config: Config) -> nn.Module:
+    """The network as it is trained: the model, compiled if the config says so."""
+    if not config.trainer.compile:
+        return model
+    torch.use_deterministic_algorithms(config.trainer.deterministic)  # tells inductor as well
+    chosen: Any = torch.compile(model, mode=config.trainer.compile_mode)
+    return chosen
 
 
 def set_determinism(on: bool) -> None:

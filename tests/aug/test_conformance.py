@@ -6,6 +6,7 @@ docs/conformance.md is the result; `python -m tests.aug.test_conformance` writes
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -263,6 +264,28 @@ class Lambda:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.rng, name)
+
+
+@pytest.mark.parametrize("batch", [6, 4])
+@pytest.mark.parametrize("name", MIXERS)
+def test_combining_a_pool_gives_what_apply_gives(name: str, batch: int) -> None:
+    """Of the whole batch, whose images are then overwritten, and of a part with a larger pool; at
+    both granularities."""
+    mixer = MIXERS[name]
+    kinds = ["batch", "sample"] if hasattr(mixer, "granularity") else [None]
+    for kind, step in itertools.product(kinds, range(4)):
+        made = mixer if kind is None else replace(mixer, granularity=kind)  # type: ignore[call-arg]
+        images = torch.randn(12, 3, SIDE, SIDE)
+        drawn = made.sample(BatchShape(6, SIDE, SIDE), 1.0, stream(0, "mix", step=step))
+        positions = np.arange(batch)
+        plan = drawn.at(positions)
+        rows = [positions, *plan.partners]
+        pool = images.clone() if mixer.wants_guests or batch < 6 else images[:6].clone()
+        sources = [images[row] for row in rows]
+        finished = made.finish(plan, sources)
+        got_plan, got = made.combine(plan, pool, rows)
+        assert torch.equal(got, made.apply(finished, sources))
+        np.testing.assert_array_equal(got_plan.weights, finished.weights)
 
 
 NO_LAMBDA = {"cutmix_fixed_size", "resizemix", "vh_mixup", "vh_bcplus"}

@@ -93,6 +93,17 @@ def reference_images(
     )
 
 
+def test_the_device_and_the_host_cut_the_same_windows() -> None:
+    """A GPU takes its windows from a view of all of them, and mirrors afterwards."""
+    source = pipeline(train=noise(30, 10, 14), batch_size=30)
+    plan = source.plan(epoch=0, step=0)
+    corner = torch.from_numpy(plan.crop)
+    cut = source.windows[torch.from_numpy(plan.index), :, corner[:, 0], corner[:, 1]]
+    cut = pipeline_module.mirror(cut, torch.from_numpy(plan.mirrored))
+    assert plan.mirrored.any()
+    assert torch.equal(source.pixels(plan, every(plan)), cut)
+
+
 def same_plans(one: BatchPlan, other: BatchPlan) -> bool:
     mixes = [(p.mix.partners, p.mix.weights, p.mix.boxes) for p in (one, other)]
     pairs = [

@@ -19,7 +19,7 @@ from torchvision.models.resnet import ResNet as TorchvisionResNet
 from cutmix_exp.errors import UserError
 from cutmix_exp.models.base import Model, StagedNetwork, blocks_per_stage, count_parameters
 from cutmix_exp.models.densenet import DenseNet
-from cutmix_exp.models.pyramidnet import PyramidNet
+from cutmix_exp.models.pyramidnet import PyramidNet, add_shortcut
 from cutmix_exp.models.resnet import ResNet, ResNeXt
 from cutmix_exp.models.wide_resnet import WideResNet
 from tests.oracles import networks
@@ -594,3 +594,26 @@ def test_a_seed_gives_the_same_network() -> None:
         made.append(torch.cat([p.flatten() for p in network("resnet", depth=8).parameters()]))
     assert torch.equal(made[0], made[1])
     assert not torch.equal(made[0], made[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels", [3, 5])
+def test_the_padded_shortcut_is_a_concatenation_with_zeros(
+    dtype: torch.dtype, layout: torch.memory_format, channels: int
+) -> None:
+    """Bit for bit, forward and backward; 5 channels lack none."""
+    torch.manual_seed(0)
+    parts = [torch.randn(4, c, 6, 6, dtype=dtype).to(memory_format=layout) for c in (5, channels)]
+    outcomes = []
+    for slices in (True, False):
+        branch, short = (p.clone().requires_grad_() for p in parts)
+        if slices:
+            out = add_shortcut(branch * 1.5, short)
+        else:
+            zeros = torch.zeros(4, 5 - channels, 6, 6, dtype=dtype)
+            out = branch * 1.5 + torch.cat([short, zeros], dim=1)
+        (out.float() ** 2).sum().backward()
+        outcomes.append([out.detach(), branch.grad, short.grad])
+    for got, expected in zip(*outcomes, strict=True):
+        assert torch.equal(got, expected)

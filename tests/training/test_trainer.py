@@ -15,7 +15,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cutmix_exp.config import CONFIG_DIR, Config, Schedule
+from cutmix_exp.config import (
+    CONFIG_DIR,
+    Config,
+    Hardware,
+    Schedule,
+    compose,
+    from_dict,
+    resolve,
+)
 from cutmix_exp.data.sources import Splits
 from cutmix_exp.distributed import World
 from cutmix_exp.training import trainer as module
@@ -495,3 +503,59 @@ def test_repeats_of_an_image_are_augmented_anew() -> None:
         t.pipeline.steps_per_epoch
         == trainer_of(config_of(*words[:-1]), config.dataset.load()).pipeline.steps_per_epoch
     )
+
+
+def test_the_networks_own_time_is_not_counted_as_input(
+    splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that stands still, except while the batch is made and the network runs."""
+    t = trainer_of(config_of(*SMALL), splits)
+    batch, network, clock = t.pipeline.batch, t.network, [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+
+    def slow_batch(*args: Any) -> Any:
+        clock[0] += 2
+        return batch(*args)
+
+    def slow_network(images: torch.Tensor) -> torch.Tensor:
+        clock[0] += 5
+        return network(images)
+
+    t.pipeline.batch = slow_batch  # type: ignore[method-assign]
+    t.network = slow_network  # type: ignore[assignment]
+    for step in range(2):
+        t.train_step(t.pipeline.plan(0, step))
+    assert t.phases == {"input": 4.0, "step": 10.0, "evaluation": 0.0, "checkpoint": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus", "compiles"),
+    [
+        (["schedule.epochs=300"], 1, True),
+        (["schedule.epochs=3"], 1, False),  # too short to earn the compiler's time back
+        (["schedule.epochs=300", "trainer.max_steps=50"], 1, False),
+        (["schedule.epochs=300"], 0, False),
+        (["schedule.epochs=3", "trainer.compile=true"], 0, True),
+        (["schedule.epochs=300", "trainer.compile=false"], 1, False),
+    ],
+)
+def test_what_is_compiled_by_itself(overrides: list[str], gpus: int, compiles: bool) -> None:
+    found = resolve(from_dict(compose(["model.depth=20", *overrides])), Hardware(gpus=gpus))
+    assert found.trainer.compile is compiles
+    plain = resolve(from_dict(compose(["model.depth=20", *overrides])), Hardware())
+    assert plain.run_id == resolve(replace(plain, trainer=found.trainer), Hardware()).run_id
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("aug", ["baseline", "cutmix", "mixup"])
+def test_a_gpu_is_not_waited_for_within_an_epoch(aug: str, splits: Splits) -> None:
+    config = config_of(*SMALL, f"aug={aug}", "precision=auto", "device=cuda")
+    t = Trainer(config, splits, World(0, 1, torch.device("cuda", 0)), Reporter(active=False))
+    t.train_step(t.pipeline.plan(0, 0))  # what is prepared once may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in (1, 2, 3):
+            t.train_step(t.pipeline.plan(0, step))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
