@@ -52,7 +52,7 @@ class GatherExcite(nn.Module):
             return
         nn.init.kaiming_normal_(self.gather[0].weight, nonlinearity="relu")  # type: ignore[index]
         for convolution in (self.excite[0], self.excite[2]):
-            assert isinstance(convolution, nn.Conv2d)
+            assert isinstance(convolution, nn.Conv2d) and convolution.bias is not None
             nn.init.normal_(convolution.weight, std=0.01)
             nn.init.zeros_(convolution.bias)
 
