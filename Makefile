@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint format type tables pictures clean
+.PHONY: help install demo test soak test-fast lint format type tables pictures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -25,6 +25,9 @@ test: $(INSTALLED)  ## run the whole test suite (no GPU, no network, no data nee
 
 test-fast: $(INSTALLED)  ## run the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"
+
+soak: $(INSTALLED)  ## kill a small run 50 times and compare it with the unbroken one (CPU, long)
+	$(BIN)/python -m tests.soak 50
 
 lint: $(INSTALLED)  ## check style and formatting
 	$(BIN)/ruff check .
