@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.utils.flop_counter
-import torch.utils.tensorboard  # what every run imports, once for all forks
+import torch.utils.tensorboard  # noqa: F401
 
 import cutmix_exp.experiment  # noqa: F401
+from cutmix_exp.training.optim import SGD
 from tests.helpers import ROOT
 
 
@@ -144,7 +144,7 @@ def train_ranks(size: int, *overrides: str, folder: Path, before: Any = None) ->
 
 def at_step(count: int, action: Callable[[], Any]) -> None:
     """In a fork: do something in the optimizer's step of that number, counted from 1."""
-    original, calls = torch.optim.SGD.step, [0]
+    original, calls = SGD.step, [0]
 
     def step(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
@@ -152,4 +152,4 @@ def at_step(count: int, action: Callable[[], Any]) -> None:
             action()
         return original(*args, **kwargs)
 
-    torch.optim.SGD.step = step  # type: ignore[method-assign]
+    SGD.step = step  # type: ignore[method-assign]
