@@ -247,6 +247,9 @@ class ResidentPipeline(Pipeline):
         else:
             self.images = pad_images(held.images, dataset.crop_padding, dataset.padding_mode)
             self.windows = windows(self.images, self.shape)
+            if self.device.type == "cpu":
+                held = self.images.numpy()
+                self.views = [host_windows(side, self.shape) for side in (held, held[..., ::-1])]
 
     def pixels(self, plan: BatchPlan, positions: np.ndarray) -> Tensor:
         index, mirrored = plan.index[positions], plan.mirrored[positions]
@@ -270,16 +273,17 @@ class ResidentPipeline(Pipeline):
     ) -> Tensor:
         """Windows uint8 [n, 3, H, W], some mirrored, in one pass over memory: a mirrored window is
         one of the mirrored padded image, of which NumPy has a view."""
-        held = self.images.numpy()
         out = np.empty((len(index), 3, *self.shape), np.uint8)
-        last = held.shape[3] - self.shape[1]
-        for which, padded, left in (
-            (~mirrored, held, corner[:, 1]),
-            (mirrored, held[..., ::-1], last - corner[:, 1]),
-        ):
-            cut = np.lib.stride_tricks.sliding_window_view(padded, self.shape, axis=(2, 3))
-            out[which] = cut[index[which], :, corner[which, 0], left[which]]
+        last = self.views[0].shape[3] - 1  # the rightmost window
+        sides = ((~mirrored, corner[:, 1]), (mirrored, last - corner[:, 1]))
+        for view, (which, left) in zip(self.views, sides, strict=True):
+            out[which] = view[index[which], :, corner[which, 0], left[which]]
         return torch.from_numpy(out)
+
+
+def host_windows(padded: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """`windows` for NumPy, which copies whole windows where torch goes pixel by pixel."""
+    return np.lib.stride_tricks.sliding_window_view(padded, shape, axis=(2, 3))
 
 
 def windows(padded: Tensor, shape: tuple[int, int]) -> Tensor:

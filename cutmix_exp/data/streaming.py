@@ -86,9 +86,7 @@ class DecodedCrops(TorchDataset):
         """A batch uint8 [n, 3, S, S], or the message of what went wrong: an exception would reach
         the user as the worker's traceback."""
         try:
-            # [n, S, S, 3] in memory, as decoding and resizing leave an image: no transposition.
-            images = [self[task].permute(1, 2, 0) for task in tasks]
-            return torch.stack(images).permute(0, 3, 1, 2)
+            return torch.stack([self[task] for task in tasks])
         except UserError as error:
             if not self.files.root.is_dir():
                 return f"the data set's folder {self.files.root} is gone; bring it back, {AGAIN}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +22,14 @@ SMALL_IMAGE = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Model(Part):
-    """The config group `model`. Fields that are None follow the image size.
-
-    Attributes:
-        memory_format: in which layout of tensors the network is fastest.
-    """
-
-    memory_format: ClassVar[torch.memory_format] = torch.channels_last
+    """The config group `model`. Fields that are None follow the image size."""
 
     name: str
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """In which layout of tensors the network is fastest (docs/performance.md)."""
+        return torch.channels_last
 
     def resolve(self, image_size: int) -> Model:
         """Fill in what depends on the image's side in pixels; explicit values win.

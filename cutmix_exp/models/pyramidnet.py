@@ -97,8 +97,6 @@ class PyramidNet(Residual):
         block: None is `bottleneck`, but `basic` for depths 18 and 34 in four stages.
     """
 
-    # Its many odd widths make channels_last slower than the plain layout in eager bf16.
-    memory_format: ClassVar[torch.memory_format] = torch.contiguous_format
     four_stages: ClassVar[dict[int, tuple[Block, tuple[int, ...]]]] = {
         **FOUR_STAGES,
         200: ("bottleneck", (3, 24, 36, 3)),
@@ -107,6 +105,12 @@ class PyramidNet(Residual):
     layout: Family | None = option(None, neutral="cifar")
     stem: Family | None = option(None, neutral="cifar")
     alpha: int | None = option(None, ge=1)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Of basic blocks the plain one: 3x3 convolutions of many odd widths are slower on a CPU in
+        channels_last. In bottlenecks the 1x1 convolutions outweigh them."""
+        return torch.contiguous_format if self.block == "basic" else torch.channels_last
 
     def _default_depth(self, image_size: int) -> int:
         return 200

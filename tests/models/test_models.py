@@ -617,3 +617,12 @@ def test_the_padded_shortcut_is_a_concatenation_with_zeros(
         outcomes.append([out.detach(), branch.grad, short.grad])
     for got, expected in zip(*outcomes, strict=True):
         assert torch.equal(got, expected)
+
+
+def test_a_pyramidnets_layout_follows_its_block() -> None:
+    models = [
+        PyramidNet(name="pyramidnet", depth=110, alpha=64, block=block).resolve(32)
+        for block in ("basic", "bottleneck")
+    ]
+    layouts = [m.memory_format for m in models]
+    assert layouts == [torch.contiguous_format, torch.channels_last]
