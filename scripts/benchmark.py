@@ -59,6 +59,7 @@ def command(arguments: list[str]) -> int:
     names = [word for word in arguments if "=" not in word and not word.startswith("-")]
     options = cli.parse(Options, [word for word in arguments if word not in names])
     allowed = [*GROUPS, "all", "table"]
+    names = names or ["all"]
     if len(names) != 1 or names[0] not in allowed:
         raise UserError(
             f"expected one command of: {', '.join(allowed)}; got {' '.join(names) or 'none'}"

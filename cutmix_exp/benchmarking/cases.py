@@ -192,16 +192,15 @@ def startups(jpegs: str) -> list[Case]:
 
 
 def scalings(jpegs: str) -> list[Case]:
-    """A network whose steps are long beside what the ranks exchange."""
-    overrides = SMALL["resnet18"][1]
+    """Of a network with few weights beside its arithmetic: what the ranks exchange is small."""
+    overrides = SMALL["resnet110"][1]
 
     def on(ranks: int) -> Variant:
-        return Variant(
-            "ours", "scaling", {"overrides": overrides, "batch": 64, "ranks": ranks}, (0,)
-        )
+        arguments = {"overrides": overrides, "batch": 128, "ranks": ranks}
+        return Variant("ours", "scaling", arguments, (0,))
 
-    variants = {"ours": on(2), "one process, one core": on(1)}
-    title = "Two processes, a core each: ResNet-18, batch 64"
+    variants = {OURS: on(2), "one process, one core": on(1)}
+    title = "Two processes, a core each: ResNet-110, batch 128"
     # Of fewer cores the goal could not be met: nothing is asked then.
     goal = 1.85 if len(os.sched_getaffinity(0)) > 1 else None
     return [Case("scaling", "scaling", title, variants, goal, seconds=3.0)]

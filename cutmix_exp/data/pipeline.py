@@ -248,8 +248,8 @@ class ResidentPipeline(Pipeline):
             self.images = pad_images(held.images, dataset.crop_padding, dataset.padding_mode)
             self.windows = windows(self.images, self.shape)
             if self.device.type == "cpu":
-                held = self.images.numpy()
-                self.views = [host_windows(side, self.shape) for side in (held, held[..., ::-1])]
+                sides = (self.images.numpy(), self.images.numpy()[..., ::-1])
+                self.views = [host_windows(side, self.shape) for side in sides]
 
     def pixels(self, plan: BatchPlan, positions: np.ndarray) -> Tensor:
         index, mirrored = plan.index[positions], plan.mirrored[positions]
