@@ -15,13 +15,16 @@ import numpy as np
 import pytest
 import torch
 from timm.data.mixup import Mixup as TimmMixup
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from cutmix_exp.aug.base import BatchShape, Mixer, NoMix, mix_targets
+from cutmix_exp.aug.feature import feature_maps
 from cutmix_exp.aug.mix import CutMix
 from cutmix_exp.config import CONFIG_DIR, compose, from_dict
+from cutmix_exp.models.resnet import ResNet
 from cutmix_exp.seeding import stream
 from tests.helpers import ROOT
 
@@ -311,6 +314,53 @@ def test_lambda_one_is_the_image_and_zero_its_last_partner(name: str, lam: float
         np.testing.assert_array_equal(plan.weights[wanted], 1)
 
 
+COMPILED_BATCHES = 100
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_compiled_network_is_compiled_once_for_all_batches(name: str) -> None:
+    """Half of the batches are mixed (where the mixer has a coin), features at any of its layers:
+    type and layout of what the network gets stay the same, and what is drawn is no constant of the
+    traced program. What breaks of the graph make is made within ten batches."""
+    drawn = from_dict(compose([f"aug={name}"])).aug.resolve(SIDE).mix
+    mixer: Any = replace(drawn, **({"prob": 0.5} if hasattr(drawn, "prob") else {}))  # type: ignore
+    network: Any = nn.Conv2d(3, 4, 3)
+    if mixer.mixes_features:
+        network = ResNet(name="resnet", depth=8).resolve(SIDE).build(4)
+    maps = feature_maps(network, SIDE) if mixer.mixes_features else ()
+    receiver = mixer.attach(network)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(network.train(), backend="eager")
+    images, rows = torch.randn(8, 3, SIDE, SIDE), np.arange(4)
+    for step in range(COMPILED_BATCHES):
+        shape = BatchShape(4, SIDE, SIDE, maps=maps)
+        plan = mixer.sample(shape, 0.5, stream(0, "mix", step=step))
+        sources = [images[p] for p in (rows, *plan.image_partners)]
+        plan = mixer.finish(plan, sources)
+        receiver.set(plan, rows)
+        compiled(mixer.apply(plan, sources))
+        if step == 9:
+            known = counters["stats"]["unique_graphs"]
+    assert counters["stats"]["unique_graphs"] == known
+    assert known == 1 or mixer.mixes_features  # whose hooks are breaks of the graph
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_plan_makes_the_same_on_cpu_and_gpu(name: str) -> None:
+    """Plans are drawn on the host, so it is one and the same plan."""
+    mixer, images = MIXERS[name], torch.randn(12, 3, SIDE, SIDE)
+    for step in range(STEPS):
+        plan = mixer.sample(BatchShape(6, SIDE, SIDE), 1.0, stream(0, "mix", step=step))
+        sources = [images[p] for p in (np.arange(6), *plan.partners)]
+        there = [s.cuda() for s in sources]
+        made = mixer.apply(mixer.finish(plan, there), there)
+        assert made.is_cuda
+        torch.testing.assert_close(made.cpu(), mixer.apply(mixer.finish(plan, sources), sources))
+
+
 # -------------------------------------------------------------------------------------- table
 
 
@@ -332,6 +382,14 @@ def document() -> str:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", "| mixer | why a property does not apply |", "| --- | --- |"]
     lines += [f"| {name} | {why} |" for name, why in (BLENDS | NOT_BY_AREA).items()]
+    lines += [
+        "",
+        "Ours, whose plans can be looked at, are held to more by the same tests: the partners that a plan",
+        "names are the origins; lambda 1 is the image and lambda 0 its last partner (where there is a",
+        "lambda, and no box is clipped at the border); two and three ranks together make the batch of one;",
+        f"a compiled network is compiled once for {COMPILED_BATCHES} batches; CPU and GPU make the same of",
+        "a plan (tested where there is a GPU).",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -594,27 +594,3 @@ def test_the_layers_know_the_progress(tmp_path: Path) -> None:
     t.fit(NoLog())
     assert seen == pytest.approx([step / 10 for step in range(10)])
     assert not [name for name in t.model.state_dict() if "done" in name]
-
-
-LEARNERS = {
-    "resnet": ["model=resnet", "model.depth=8"],
-    "pyramidnet": ["model=pyramidnet", "model.depth=11", "model.alpha=12"],
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("atom", NETWORK_ATOMS)
-@pytest.mark.parametrize("model", LEARNERS)
-def test_training_with_it_lowers_the_loss(model: str, atom: str) -> None:
-    words = ["dataset=digits", "dataset.image_size=16", "dataset.crop_padding=1", "device=cpu"]
-    recipe = ["budget=smoke", "precision=fp32", "schedule.batch_size=32"]
-    t = trainer_of(config_of(*words, *recipe, *LEARNERS[model], f"aug={atom}"))
-    for group in t.optimizer.param_groups:
-        group["lr"] = 0.1
-    sums = [0.0]
-    for step in range(50):
-        t.key_noise(step, step / 50)
-        t.train_step(t.pipeline.plan(step // 45, step % 45))
-        sums.append(float(t.sums.values[0]))
-    losses = np.diff(sums) / 32
-    assert np.median(losses[-10:]) < 0.9 * losses[:5].mean()
