@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +20,14 @@ from tests.helpers import (
     TINY,
     command,
     config_of,
+    environment,
     metrics_of,
     only_run,
     record_of,
     refused,
     train,
 )
+from tests.test_sweeps import descendants, until
 
 CONTRACT = [
     "config.yaml",
@@ -249,23 +253,36 @@ def test_scripts_refuse_what_they_do_not_know() -> None:
 
 
 @pytest.mark.slow
-def test_run_table_runs_what_is_missing(tmp_path: Path) -> None:
+def test_run_table_killed_in_the_middle_and_repeated_runs_what_is_missing(tmp_path: Path) -> None:
     words = ["scripts/run_table.py", "table=demo_digits", "budget=smoke"]
     places = [f"results_dir={tmp_path / 'results'}", f"runs_dir={tmp_path / 'runs'}"]
     listed = command(*words, *places, "dry_run=true")
     assert listed.stdout.count("missing") == 2 and "0 of 2" in listed.stdout
     assert not list(tmp_path.iterdir())
+
+    def records() -> dict[Path, int]:
+        found = (tmp_path / "results" / "records").glob("*.json")
+        return {file: file.stat().st_mtime_ns for file in found}
+
+    line = [sys.executable, *words, *places]
+    started = subprocess.Popen(line, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+    until(lambda: len(records()) == 1, 240)
+    for pid in descendants(started.pid):
+        os.kill(pid, signal.SIGKILL)
+    assert started.wait() == -signal.SIGKILL
+    kept = records()
+    assert len(kept) == 1
     done = command(*words, *places)
     assert done.returncode == 0, done.stderr
+    assert "2 runs: 1 complete, 1 to do" in done.stdout
     assert "| CutMix | 2 |" in done.stdout and "(n=1)" in done.stdout
-    records = sorted((tmp_path / "results" / "records").glob("*.json"))
-    assert len(records) == 2
-    assert str(tmp_path) not in "".join(r.read_text() for r in records)  # no places of a machine
-    records[0].unlink()
+    assert len(records()) == 2 and kept.items() <= records().items()  # not trained again
+    assert str(tmp_path) not in "".join(r.read_text() for r in records())  # no places of a machine
+    next(iter(kept)).unlink()
     again = command(*words, *places)
     assert "2 runs: 1 complete, 1 to do" in again.stdout
     assert "is complete, nothing is trained" in again.stdout  # its record was lost, the run was not
-    assert len(list((tmp_path / "results" / "records").glob("*.json"))) == 2
+    assert len(records()) == 2
 
 
 @pytest.mark.slow

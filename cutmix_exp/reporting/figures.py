@@ -161,7 +161,7 @@ def draw(figure: Figure, table: Table, records: list[Record]) -> bytes | None:
             seeds = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
             axes.set_title(f"{table.title}\nbudget {section.budget}, seeds: {seeds}", fontsize=10)
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=8)
+            drawing.legend(loc="outside lower center", ncols=3, fontsize=8)
             out = io.BytesIO()
             drawing.savefig(out, format="png", dpi=120)
             return out.getvalue()
