@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torchvision.ops import drop_block2d
 
+from cutmix_exp.aug.attention import Adl
 from cutmix_exp.aug.base import NetworkOp, Progress
 from cutmix_exp.aug.network import (
     DropBlock,
@@ -47,6 +48,7 @@ OPS: dict[str, NetworkOp] = {
     "shakedrop": ShakeDrop(),
     "dropblock": DropBlock(shortcut=True).resolve(32),
     "dropout": Dropout(),
+    "adl": Adl(),
 }
 
 
@@ -135,7 +137,7 @@ def test_no_recompilation_over_fifty_steps() -> None:
     assert len({float(o.sum().detach()) for o in outputs}) == 50
 
 
-NETWORK_ATOMS = ["dropblock", "dropout", "shakedrop", "stochastic_depth"]
+NETWORK_ATOMS = ["adl", "dropblock", "dropout", "shakedrop", "stochastic_depth"]
 OTHER_ATOMS = sorted(p.stem for p in (CONFIG_DIR / "aug").glob("*.yaml"))
 
 
@@ -532,7 +534,7 @@ def test_noise_is_a_function_of_epoch_step_and_rank(atom: str) -> None:
     torch.rand(7)
     again = [logits_of(t, *key) for key in reversed(keys)][::-1]
     assert all(map(torch.equal, drawn, again))
-    if atom != "stochastic_depth":  # of whose few gates two steps may well draw the same
+    if atom not in ("adl", "stochastic_depth"):  # of whose few coins two steps may well be equal
         assert len({d.numpy().tobytes() for d in drawn}) == len(keys)
     assert len({d.numpy().tobytes() for d in drawn[::2]}) > 1
     assert any(not torch.equal(*pair) for pair in zip(drawn[::2], drawn[1::2], strict=True))

@@ -57,7 +57,7 @@ def test_the_suffix_is_the_format(format: str, magic: bytes, splits: Splits) -> 
 def test_visible_methods_are_those_of_the_image_and_mix_slots() -> None:
     names = set(visible_methods())
     assert {"cutmix", "cutout", "gridmask", "feature_cutmix", "cutout_mixup"} <= names
-    inside = {"dropblock", "dropout", "shakedrop", "stochastic_depth", "label_smoothing"}
+    inside = {"adl", "dropblock", "dropout", "shakedrop", "stochastic_depth", "label_smoothing"}
     combined = {"cutmix_shakedrop", "cutout_label_smoothing", "dropblock_label_smoothing"}
     assert names == set(METHODS) - inside - combined
 

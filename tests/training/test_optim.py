@@ -291,3 +291,65 @@ def test_published_recipes() -> None:
     assert (small.schedule.batch_size, small.schedule.lr, small.epochs) == (100, 0.1, 400)
     assert (small.aug.protocol()["alpha"], small.aug.protocol()["prob"]) == (0.2, 1.0)
     assert recipe("openmixup_tiny_imagenet").lr == 0.2
+
+
+def two_rates(**values: Any) -> tuple[torch.optim.Optimizer, Schedule, nn.Module]:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    s = schedule(lr=0.001, head_lr=0.01, milestones=(0.5,), gamma=0.1, **values)
+    return make_optimizer(s, network), s, network
+
+
+@pytest.mark.parametrize("no_decay", ["none", "norm_and_bias"])
+def test_the_head_has_a_rate_of_its_own_in_proportion(no_decay: Any) -> None:
+    optimizer, s, network = two_rates(no_decay=no_decay)
+    names = {id(p): name for name, p in network.named_parameters()}
+    for epoch, lr in ((0, 0.001), (9, 0.001), (10, 0.0001), (19, 0.0001)):
+        set_rate(optimizer, s, epoch, 0, 1)
+        found = {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
+        assert found.keys() == set(names.values())
+        for name, rate in found.items():
+            assert rate == pytest.approx(10 * lr if name.startswith("2.") else lr), (epoch, name)
+    decays = {g["weight_decay"] for g in optimizer.param_groups}
+    assert decays == ({1e-4} if no_decay == "none" else {0.0, 1e-4})
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0001)  # what the log shows
+
+
+def test_one_step_with_two_rates_by_hand() -> None:
+    """Plain SGD: each weight moves by its own rate times its gradient."""
+    optimizer, s, network = two_rates(momentum=0.0, nesterov=False, weight_decay=0.0)
+    set_rate(optimizer, s, 0, 0, 1)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    for p in network.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for name, p in network.named_parameters():
+        wanted = torch.full_like(p, 0.01 if name.startswith("2.") else 0.001)
+        assert torch.allclose(before[name] - p.detach(), wanted, rtol=1e-3)
+
+
+def test_a_network_without_a_head_is_refused_a_rate_for_it() -> None:
+    with pytest.raises(UserError, match="leave it out, or use another model"):
+        make_optimizer(schedule(head_lr=1.0), nn.Sequential(nn.Conv2d(3, 3, 1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "batch", "lr", "head_lr", "drops"),
+    [
+        ("wsol_cub_resnet50", 600, 32, 0.001, 0.01, [150, 300, 450]),
+        ("wsol_cub_vgg16", 600, 32, 0.0001, 0.001, [150, 300, 450]),
+        ("wsol_imagenet_resnet50", 20, 256, 0.01, 0.1, [6, 12, 18]),
+        ("wsol_imagenet_vgg16", 20, 256, 0.01, 0.1, [6, 12, 18]),
+    ],
+)
+def test_the_papers_fine_tuning(
+    name: str, epochs: int, batch: int, lr: float, head_lr: float, drops: list[int]
+) -> None:
+    """Appendix B."""
+    config = config_of(f"experiment={name}")
+    s, data = config.schedule, config.dataset
+    assert (config.epochs, s.batch_size, s.lr, s.head_lr) == (epochs, batch, lr, head_lr)
+    assert [e for e in range(1, epochs) if learning_rate(s, e) < learning_rate(s, e - 1)] == drops
+    assert (s.momentum, s.weight_decay, s.gamma) == (0.9, 1e-4, 0.1)
+    assert (data.crop, data.crop_resize, data.image_size) == ("window", 256, 224)
+    assert (data.eval_fit, data.eval_resize, data.color_jitter) == ("stretch", 256, 0.0)
+    assert config.model.pretrained  # type: ignore[attr-defined]
