@@ -132,9 +132,9 @@ def test_judge_by_hand() -> None:
 
 def test_max_box_accuracy_by_hand() -> None:
     """Two thresholds, four images; an overlap of exactly 0.5 counts here, as in wsolevaluation."""
-    largest = np.array([[0.5, 0.2], [0.4, 0.9], [0.1, 0.6], [0.49, 0.7]])
+    largest = np.array([[0.5, 0.2], [0.5, 0.9], [0.1, 0.6], [0.5, 0.2]])
     assert max_box_accuracy(largest) == 75.0
-    assert max_box_accuracy_v2(largest) == {0.3: 75.0, 0.5: 75.0, 0.7: 50.0}
+    assert max_box_accuracy_v2(largest) == {0.3: 75.0, 0.5: 75.0, 0.7: 25.0}
 
 
 def test_pxap_equals_scikit_learns() -> None:
@@ -172,7 +172,7 @@ class Squares(Synthetic):
 SIDE = 16
 
 
-def squares(count: int, seed: int) -> ImageSet:
+def squares(count: int, seed: int, brightness: int = 255) -> ImageSet:
     """Rectangles whose sides are multiples of two, at even places."""
     rng = np.random.default_rng(seed)
     images = torch.zeros(count, 3, SIDE, SIDE, dtype=torch.uint8)
@@ -180,7 +180,7 @@ def squares(count: int, seed: int) -> ImageSet:
     for image, label in zip(images, labels, strict=True):
         top, left = 2 * rng.integers(0, 4, 2)
         height, width = 2 * rng.integers(1, 5, 2)
-        image[label, top : top + height, left : left + width] = 255
+        image[label, top : top + height, left : left + width] = brightness
     return ImageSet(images, labels)
 
 
@@ -200,7 +200,7 @@ class Seer(nn.Module):
         return self.fc(self.maps(images * self.scale).mean((2, 3)))
 
 
-def seen_by(network: Any = None, *, val: bool = False, world: World = ALONE, **change: Any) -> Any:
+def seen_by(network: Any = None, *, val: bool = False, elsewhere: int = 255, **change: Any) -> Any:
     words = ["dataset=synthetic", "model=resnet", "device=cpu", "precision=fp32"]
     config = config_of(*words, f"dataset.image_size={SIDE}", "dataset.num_classes=3")
     # Channel values from 0 to 1: black must be no part of an object.
@@ -209,9 +209,12 @@ def seen_by(network: Any = None, *, val: bool = False, world: World = ALONE, **c
     config = type(config)(**{**vars(config), "dataset": dataset})
     network = (network or Seer)(dataset)
     splits = Splits(
-        squares(40, 0), squares(30, 2) if val else None, squares(50, 1), ("red", "green", "blue")
+        squares(40, 0, elsewhere),
+        squares(30, 2, elsewhere) if val else None,
+        squares(50, 1),
+        ("red", "green", "blue"),
     )
-    subject = Subject("run", "0" * 16, network.eval(), config, splits, world)
+    subject = Subject("run", "0" * 16, network.eval(), config, splits, ALONE)
     suite = load_suite("localization", {"num_pictures": 0, "step": 0.25, **change})
     assert suite.lacks(subject) == ""
     return suite, subject
@@ -295,6 +298,11 @@ def test_the_threshold_is_selected_outside_of_the_test_set() -> None:
     assert found().protocol["selected_on"] == "40 training images"
     assert found(selection_images=7).protocol["selected_on"] == "7 training images"
     assert found(val=True).protocol["selected_on"] == "validation split (30 images)"
+    for val in (False, True):
+        # Fainter there, so that the surroundings are in the box up to a threshold of 0.4 / 0.65.
+        faint = found(Dim, val=val, elsewhere=round(0.65 * 255))
+        assert faint.metrics["selected/threshold"] == 0.75
+        assert faint.metrics["oracle/threshold"] == 0.5
     without = found(selection_images=0)
     assert "selected/threshold" not in without.metrics
     assert "selection_images=0" in without.skipped["selected threshold"]
