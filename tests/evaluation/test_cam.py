@@ -140,3 +140,27 @@ def test_bilinear_by_hand() -> None:
     """Two pixels to four: the outer ones lie outside of the centres and repeat them."""
     row: Tensor = upsampled(torch.tensor([[[0.0, 1.0], [0.0, 1.0]]]), 4)[0, 0]
     assert row.tolist() == [0, 0.25, 0.75, 1]
+
+
+class Wiped(nn.Module):
+    """Works on its last map in place after it has been averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3, 16), nn.Linear(4, 7)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.conv(images)
+        logits: Tensor = self.fc(maps.mean((2, 3)))
+        maps.zero_()
+        return logits
+
+
+def test_a_map_that_is_overwritten_later_is_kept() -> None:
+    network = Wiped().eval()
+    with torch.no_grad():
+        head = find_head(network, 64, CPU)
+        with watched(head) as seen:
+            logits = network(torch.randn(2, 3, 64, 64))
+        mean = head.maps(seen.features[0], torch.tensor([3, 3])).mean((1, 2))
+        assert torch.allclose(mean + network.fc.bias[3], logits[:, 3], atol=1e-5)
