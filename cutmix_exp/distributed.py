@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cutmix_exp.errors import UserError
+from cutmix_exp.errors import AGAIN, RankLost, UserError
 
 T = TypeVar("T")
 
@@ -168,6 +169,43 @@ def is_main_process() -> bool:
     return launched_world() is None or os.environ["RANK"] == "0"
 
 
+def fresh_store(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+    """A part of the launcher's store that no earlier attempt of the same processes has written to.
+
+    torchrun keeps one store over its restarts: a rank that is started again could read where the
+    dead ranks were to be reached, and nothing that the launcher tells to all ranks of several
+    machines counts the attempts. So rank 0 makes a name for the attempt up, and answers each rank's
+    own fresh word with it; what is left of earlier attempts does not fit.
+
+    Raises:
+        RankLost: a rank does not come within the timeout.
+    """
+    own, until = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    others = list(range(1, size)) if rank == 0 else []
+    if rank:
+        store.set(f"hello/{rank}", own)
+    name = own if rank == 0 else ""
+    while others or not name:
+        for other in list(others):
+            if store.check([f"hello/{other}"]):
+                word = store.get(f"hello/{other}").decode()
+                store.set(f"welcome/{other}", f"{word} {own}")
+            if store.check([f"{own}/{other}"]):
+                others.remove(other)
+        if rank and store.check([f"welcome/{rank}"]):
+            word, offered = store.get(f"welcome/{rank}").decode().split()
+            if word == own:
+                name = offered
+                store.set(f"{name}/{rank}", "")
+        if time.monotonic() > until:
+            raise RankLost(
+                f"{f'ranks {others} of {size} have' if others else 'rank 0 has'} not come within "
+                f"trainer.timeout_minutes={timeout.total_seconds() / 60:g}; {AGAIN}"
+            )
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
+
+
 @contextmanager
 def world_of(device_type: str, timeout_minutes: float = 30.0) -> Iterator[World]:
     """Join the process group that the launcher's environment describes (one process: none).
@@ -188,8 +226,8 @@ def world_of(device_type: str, timeout_minutes: float = 30.0) -> Iterator[World]
     if device_type == "cpu":
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
-    store, _, _ = next(dist.rendezvous("env://"))
     timeout = timedelta(minutes=timeout_minutes)
+    store = fresh_store(next(dist.rendezvous("env://"))[0], rank, size, timeout)
     # NCCL ends a process that has waited too long where it stands; that it does so a little later
     # leaves the word to the hosts, who can say which rank is missing.
     backend, extra = ("nccl", 1) if device_type == "cuda" else ("gloo", 0)
@@ -197,8 +235,7 @@ def world_of(device_type: str, timeout_minutes: float = 30.0) -> Iterator[World]
         backend, store=store, rank=rank, world_size=size, timeout=timeout + timedelta(minutes=extra)
     )
     control = dist.new_group(backend="gloo", timeout=timeout)
-    mine = dist.PrefixStore(f"roll/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    mine.set(f"host/{rank}", socket.gethostname())
-    yield World(rank, size, device, control, mine)
+    store.set(f"host/{rank}", socket.gethostname())
+    yield World(rank, size, device, control, store)
     # Not after an error: leaving could wait for ranks that wait for this one.
     dist.destroy_process_group()

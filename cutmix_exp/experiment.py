@@ -44,7 +44,7 @@ def run(config: Config) -> Record:
         Interrupted: a signal has asked the run to stop.
     """
     stop = Stop()
-    with stop.listening(), world_of(config.device, config.trainer.timeout_minutes) as world:
+    with world_of(config.device, config.trainer.timeout_minutes) as world, stop.listening():
         report = Reporter(active=world.is_main)
         try:
             done = world.broadcast(

@@ -28,7 +28,7 @@ def explain(
     if isinstance(error, UserError):
         return error
     if is_out_of_memory(error):
-        return OutOfMemory(out_of_memory(config))
+        return OutOfMemory(out_of_memory(config, str(error).splitlines()[0]))
     for cause in causes(error):
         if isinstance(cause, OSError) and cause.errno in (*NO_ROOM, *NOT_WRITABLE):
             return UserError(cannot_write(cause, config))
@@ -51,10 +51,12 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    # The second is all that oneDNN says when it gets no memory for a kernel.
+    signs = ("can't allocate memory", "could not create a primitive")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
-def out_of_memory(config: Config) -> str:
+def out_of_memory(config: Config, cause: str) -> str:
     """What to change: the number of images that are in memory at once."""
     batch, parts = config.schedule.batch_size, config.world_size * config.trainer.accumulate
     more = config.trainer.accumulate * 2
@@ -69,7 +71,7 @@ def out_of_memory(config: Config) -> str:
     return (
         f"out of memory: {batch // parts} images at once are too many for this {where} "
         f"(schedule.batch_size={batch}, {config.world_size} devices, "
-        f"trainer.accumulate={config.trainer.accumulate})\n"
+        f"trainer.accumulate={config.trainer.accumulate}): {cause[:200]}\n"
         f"try {'; or '.join(advice)}"
     )
 

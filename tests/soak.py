@@ -1,15 +1,14 @@
 """Kill one small run again and again with SIGKILL, at random moments, and compare it with the run
-that was never killed: python tests/soak.py [KILLS [SEED [RANKS]]] (`make soak`).
+that was never killed: python -m tests.soak [KILLS [SEED [RANKS]]] (`make soak`).
 
 Each attempt is the training command in a process (with RANKS > 1: in so many) of its own, forked
 from this one, which has imported torch. The moments are drawn from SEED, as a share of the time
-that an attempt took that was not killed; so they fall into the start, the steps, the evaluations and
-the writing of checkpoints alike. An attempt that ends before its kill starts the run over.
+that the unbroken run took; so they fall into the start, the steps, the evaluations and the writing of
+checkpoints alike.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -28,23 +27,19 @@ from tests.forks import Fork, fork_train, train_ranks
 from tests.helpers import metrics_of, only_run, record_of
 
 RUN = [
-    "dataset=synthetic",
-    "dataset.num_classes=10",
-    "dataset.image_size=16",
-    "dataset.train_size=400",
-    "dataset.val_size=50",  # leaves six steps an epoch
-    "dataset.test_size=100",
+    "dataset=digits",
+    "dataset.val_size=200",  # leaves 20 steps an epoch
     "model=resnet",
     "model.depth=8",
     "aug=[cutmix,shakedrop]",
     "aug.mix.prob=1.0",
     "device=cpu",
     "budget=smoke",
-    "schedule.epochs=3",
+    "schedule.epochs=4",
     "schedule.lr=0.05",
     "schedule.ema_decay=0.9",
     "trainer.bn_group_size=16",
-    "checkpoint.every_minutes=0.002",
+    "checkpoint.every_minutes=0.001",
 ]
 CLOCKED = ("wall_seconds", "images_per_second", "peak_memory_bytes")
 
@@ -56,15 +51,16 @@ def start(runs: Path, ranks: int) -> list[Fork]:
     return train_ranks(ranks, *words, folder=runs.parent)
 
 
-def where_it_stood(run: Path) -> str:
-    """What a kill has hit, by what it has left."""
-    if not (run / "record.json").exists():
-        return "before the record was begun"
-    if any(run.rglob(".*.tmp")):
+def where_it_stood(folder: Path) -> str:
+    """What a kill has hit, by what it has left in a folder of run directories."""
+    if any(folder.rglob(".*.tmp")):
         return "while a file was written"
-    if not (run / "checkpoints" / "last.pt").exists():
-        return "before the first checkpoint"
-    return "in training, evaluation or between"
+    said = "".join(log.read_text() for log in folder.parent.glob("*log"))
+    if "parameters" not in said:
+        return "in the start, before there was a network"
+    if not any(folder.rglob("last.pt")):
+        return "in training, before the first checkpoint"
+    return "in training or evaluation, after a checkpoint"
 
 
 def results(run: Path) -> dict[str, Any]:
@@ -107,59 +103,54 @@ def steps_in_tensorboard(run: Path) -> list[int]:
     return [event.step for event in board.Scalars("train/loss")]
 
 
-def soak(folder: Path, kills: int, seed: int, ranks: int) -> tuple[int, Counter[str], list[str]]:
-    """Kills survived, what they hit, and what differs in the end."""
+def compare(unbroken: Path, broken: Path) -> list[str]:
+    """What differs between the ends of two runs."""
+    different = differing(results(unbroken), results(broken))
+    return different + ["tb"] * (steps_in_tensorboard(unbroken) != steps_in_tensorboard(broken))
+
+
+def soak(folder: Path, kills: int, seed: int, ranks: int) -> list[str]:
+    """Kill so often; returns what differs in the end. A run that was completed between two kills is
+    compared too, and started over."""
     began = time.monotonic()
     assert all(process.wait(3600) == 0 for process in start(folder / "unbroken", ranks))
     whole = time.monotonic() - began
-    unbroken = only_run(folder / "unbroken")
+    print(f"the unbroken run took {whole:.1f} s", flush=True)
+    unbroken, rng, hit = only_run(folder / "unbroken"), random.Random(seed), Counter[str]()
     broken = folder / "broken" / unbroken.name
-    rng, hit, starts_over = random.Random(seed), Counter[str](), 0
-    done = 0
-    while done < kills:
+    different, completed = list[str](), 0
+    while True:
         processes = start(folder / "broken", ranks)
-        time.sleep(whole * rng.random() * 0.6)
-        for process in rng.sample(processes, len(processes)):
-            os.kill(process.pid, signal.SIGKILL)
-        statuses = {process.wait(60) for process in processes}
+        if sum(hit.values()) < kills:
+            time.sleep(whole * rng.random())
+            for process in rng.sample(processes, len(processes)):
+                os.kill(process.pid, signal.SIGKILL)
+        statuses = {process.wait(3600) for process in processes}
         if -signal.SIGKILL in statuses:
-            done += 1
-            hit[where_it_stood(broken)] += 1
-            print(f"kill {done}: {where_it_stood(broken)}", flush=True)
-        elif statuses != {0}:
-            return done, hit, [f"an attempt ended with {statuses}:\n{processes[0].said()}"]
-        if (
-            json.loads(
-                (broken / "record.json").read_text() if (broken / "record.json").exists() else "{}"
-            ).get("status")
-            == "complete"
-        ):
-            starts_over += 1
-            if done < kills:
-                shutil.rmtree(broken)
-    for process in start(folder / "broken", ranks):
-        if (status := process.wait(3600)) != 0:
-            return done, hit, [f"the last attempt ended with {status}:\n{process.said()}"]
-    different = differing(results(unbroken), results(broken))
-    if steps_in_tensorboard(unbroken) != steps_in_tensorboard(broken):
-        different.append("tb")
-    starts = len(record_of(broken)["provenance"].get("starts", [1]))
-    print(f"the run was complete {starts_over + 1} times; the last one took {starts} starts")
-    return done, hit, different
+            hit[where_it_stood(folder / "broken")] += 1
+        elif statuses == {0}:
+            different += compare(unbroken, broken)
+            completed += 1
+            if sum(hit.values()) == kills:
+                break
+            shutil.rmtree(broken)
+        else:
+            return [f"an attempt ended with {statuses}:\n{processes[0].said()}"]
+    for moment, count in sorted(hit.items()):
+        print(f"{count:3} kills {moment}")
+    print(f"{completed} runs were completed and compared, in {time.monotonic() - began:.0f} s")
+    print(f"kills survived: {sum(hit.values())} of {kills} (seed {seed}, ranks: {ranks})")
+    return different
 
 
 def main() -> int:
-    kills, seed, ranks = ([int(word) for word in sys.argv[1:]] + [50, 0, 1][len(sys.argv) - 1 :])[
-        :3
-    ]
+    given = [int(word) for word in sys.argv[1:]]
+    kills, seed, ranks = given + [50, 0, 1][len(given) :]
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
-        done, hit, different = soak(Path(name), kills, seed, ranks)
-    for moment, count in sorted(hit.items()):
-        print(f"{count:3} kills {moment}")
-    verdict = "identical" if not different else "different: " + "; ".join(different[:10])
-    print(f"kills survived: {done} of {kills} (seed {seed}, {ranks} ranks); verdict: {verdict}")
-    return 1 if different or done < kills else 0
+        different = soak(Path(name), kills, seed, ranks)
+    print("verdict: " + ("different: " + "; ".join(different[:10]) if different else "identical"))
+    return 1 if different else 0
 
 
 if __name__ == "__main__":

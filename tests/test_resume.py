@@ -239,6 +239,7 @@ def test_torchrun_restarts_after_the_death_of_a_rank_and_the_run_resumes(
     run = started(
         "-m",
         "torch.distributed.run",
+        "--standalone",
         "--nproc-per-node=2",
         "--max-restarts=1",
         str(ROOT / "tests" / "crash.py"),
