@@ -41,7 +41,8 @@ RUN = [
     "trainer.bn_group_size=16",
     "checkpoint.every_minutes=0.001",
 ]
-CLOCKED = ("wall_seconds", "images_per_second", "peak_memory_bytes")
+CLOCKED = ("wall_seconds", "phase_seconds", "images_per_second", "achieved_flops")
+CLOCKED += ("peak_memory_bytes",)
 
 
 def start(runs: Path, ranks: int) -> list[Fork]:
