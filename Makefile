@@ -21,7 +21,7 @@ demo: $(INSTALLED)  ## train baseline and CutMix on embedded digits (CPU, minute
 	@echo "compare the two runs: $(BIN)/tensorboard --logdir runs"
 
 test: $(INSTALLED)  ## run the whole test suite (no GPU, no network, no data needed)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(INSTALLED)  ## run the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"

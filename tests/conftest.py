@@ -10,6 +10,7 @@ import copy
 import functools
 from typing import Any
 
+import pytest
 import torch
 
 from cutmix_exp import config
@@ -26,3 +27,15 @@ def compose(overrides: list[str]) -> dict[str, Any]:
 
 
 config.compose = compose
+
+
+def forks(item: pytest.Item) -> bool:
+    """Whether a test's file uses tests/forks.py."""
+    held = vars(item.module) if isinstance(item, pytest.Function) else {}
+    return any(getattr(value, "__module__", "") == "tests.forks" for value in held.values())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that fork this process come first: after a backward pass in it, torch refuses one in
+    its forks. (`make test` keeps xdist from putting the longest files first.)"""
+    items.sort(key=lambda item: not forks(item))
