@@ -66,19 +66,27 @@ def _by_method(section: Section) -> tuple[list[str], list[list[str]]]:
 
 
 def _upright(section: Section) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows with a number a row, and two columns for each network."""
+    """Heading and rows with a number a row, and a column for each network, with its published numbers
+    before it where it has any."""
+    columns = section.table.columns
+    quoted = {line.row.label for line in section.lines if any(_has(line.row, c) for c in columns)}
     head = ["Number"]
     for line in section.lines:
-        head += [f"{line.row.label}: published", line.row.label]
-    rows = []
-    for column in section.table.columns:
-        cells = [column.label]
-        for line in section.lines:
-            cells += [_published(line, column), _cell(line, column)]
-        rows.append(cells)
-    for name, of in (("seeds", lambda line: line.seeds), ("protocol", _protocol)):
-        if section.has_records:
-            rows.append([name, *(cell for line in section.lines for cell in ("", of(line)))])
+        name = line.row.label
+        head += [f"{name}: published"] * (name in quoted) + [name]
+
+    def row(name: str, cells: list[tuple[str, str]]) -> list[str]:
+        """Of a published number and ours for each network."""
+        out = [name]
+        for line, (published, ours) in zip(section.lines, cells, strict=True):
+            out += [published] * (line.row.label in quoted) + [ours]
+        return out
+
+    lines = section.lines
+    rows = [row(c.label, [(_published(n, c), _cell(n, c)) for n in lines]) for c in columns]
+    if section.has_records:
+        rows.append(row("seeds", [("", line.seeds) for line in lines]))
+        rows.append(row("protocol", [("", _protocol(line)) for line in lines]))
     return head, rows
 
 

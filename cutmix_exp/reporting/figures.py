@@ -110,20 +110,34 @@ class Evaluated:
 
 def _figure5(name: str, table: str) -> tuple[Figure, ...]:
     """The four panels of the paper's Figure 5, of the networks of a table."""
-    side = ("side of the square (px)", "top-1 error (%)")
-    kinds = {kind: f"{kind}_occlusion" for kind in ("centre", "boundary")}
+    sides = {"centre": "covered", "boundary": "uncovered"}
     occluded = tuple(
-        Figure(f"{name}_{kind}", table, Evaluated("occlusion", curve, "side", "top1_error", side))
-        for kind, curve in kinds.items()
-    )
-    ratio = ("combination ratio", "neither class predicted (%)")
-    between = tuple(
         Figure(
             f"{name}_{kind}",
             table,
-            Evaluated("in_between", f"in_between_{kind}", "ratio", "neither_error", ratio),
+            Evaluated(
+                "occlusion",
+                f"{kind}_occlusion",
+                "side",
+                "top1_error",
+                (f"side of the {state} square in the centre (px)", "top-1 error (%)"),
+            ),
         )
-        for kind in ("mixup", "cutmix")
+        for kind, state in sides.items()
+    )
+    between = tuple(
+        Figure(
+            f"{name}_{kind.lower()}",
+            table,
+            Evaluated(
+                "in_between",
+                f"in_between_{kind.lower()}",
+                "ratio",
+                "neither_error",
+                (f"combination ratio of two images, by {kind}", "neither class predicted (%)"),
+            ),
+        )
+        for kind in ("Mixup", "CutMix")
     )
     return occluded + between
 
