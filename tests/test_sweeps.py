@@ -306,3 +306,14 @@ def test_a_multirun_killed_twice_and_repeated_trains_each_run_once(tmp_path: Pat
         assert log.count("test error last") == 1 and "nothing is trained" not in log
         steps = [(n["step"], n["split"]) for n in metrics_of(file.parent)]
         assert steps == [(2, "train"), (2, "test")]
+
+
+@pytest.mark.slow
+def test_a_sweep_of_runs_on_two_devices_each(tmp_path: Path) -> None:
+    words = [*TINY, "devices=2", "aug=baseline,cutmix", "trainer.max_steps=2"]
+    done = command(str(ROOT / "train.py"), "-m", *words, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "sweep of 2 runs: 0 complete before, 2 completed now" in done.stdout
+    records = [record_of(file.parent) for file in complete(tmp_path / "runs")]
+    assert sorted(r["aug"] for r in records) == ["baseline", "cutmix"]
+    assert [r["cost"]["world_size"] for r in records] == [2, 2]
