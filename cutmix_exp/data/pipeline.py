@@ -8,6 +8,7 @@ processes; `streaming.StreamingPipeline` decodes files.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -138,6 +139,11 @@ class Pipeline:
         """Images uint8 [n, 3, H, W] at some positions of the global batch: cropped, flipped, and
         changed by the operations on bytes."""
         raise NotImplementedError
+
+    @property
+    def decoding_rate(self) -> float:
+        """Images a second that can be decoded on all ranks; infinite where none need be."""
+        return math.inf
 
     @property
     def steps_per_epoch(self) -> int:

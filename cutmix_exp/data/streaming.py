@@ -7,7 +7,9 @@ out. So nothing depends on how many workers there are.
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -82,15 +84,18 @@ class DecodedCrops(TorchDataset):
             image = op.change(image, seed)
         return image
 
-    def __getitems__(self, tasks: list[Task]) -> Tensor | str:
-        """A batch uint8 [n, 3, S, S], or the message of what went wrong: an exception would reach
-        the user as the worker's traceback."""
+    def __getitems__(self, tasks: list[Task]) -> tuple[Tensor | str, float]:
+        """A batch uint8 [n, 3, S, S], or the message of what went wrong (an exception would reach
+        the user as the worker's traceback); and the seconds that it took."""
+        began = time.monotonic()
         try:
-            return torch.stack([self[task] for task in tasks])
+            images = torch.stack([self[task] for task in tasks])
         except UserError as error:
             if not self.files.root.is_dir():
-                return f"the data set's folder {self.files.root} is gone; bring it back, {AGAIN}"
-            return str(error)
+                gone = f"the data set's folder {self.files.root} is gone; bring it back, {AGAIN}"
+                return gone, 0.0
+            return str(error), 0.0
+        return images, time.monotonic() - began
 
 
 def as_it_is(images: Any) -> Any:
@@ -98,7 +103,11 @@ def as_it_is(images: Any) -> Any:
 
 
 class Decoder:
-    """Lists of tasks to batches of images, by worker processes that work ahead."""
+    """Lists of tasks to batches of images, by worker processes that work ahead.
+
+    Attributes:
+        decoded, seconds: images so far, and what decoding them took, summed over the workers.
+    """
 
     def __init__(
         self,
@@ -112,6 +121,12 @@ class Decoder:
         cores = len(os.sched_getaffinity(0))
         self.workers = dataset.workers if dataset.workers is not None else max(1, cores // here)
         self.device = device
+        self.decoded, self.seconds = 0, 0.0
+
+    @property
+    def rate(self) -> float:
+        """Images a second that all workers together can decode; infinite before the first."""
+        return max(self.workers, 1) * self.decoded / self.seconds if self.seconds else math.inf
 
     def now(self, tasks: list[Task]) -> Tensor:
         """One batch, decoded in this process. Raises LocalError: a file is no image."""
@@ -133,12 +148,14 @@ class Decoder:
         )
         with held_back():  # while the workers are started
             made = iter(loader)
-        for images in made:
-            yield self._checked(images)
+        for batch in made:
+            yield self._checked(batch)
 
-    def _checked(self, images: Tensor | str) -> Tensor:
+    def _checked(self, made: tuple[Tensor | str, float]) -> Tensor:
+        images, seconds = made
         if isinstance(images, str):
             raise LocalError(images)
+        self.decoded, self.seconds = self.decoded + len(images), self.seconds + seconds
         return images.to(self.device, non_blocking=True)
 
 
@@ -211,6 +228,10 @@ class StreamingPipeline(Pipeline):
         """The positions whose images this rank needs, sorted: its share and the partners."""
         mine = share_or_last(len(plan), self.rank, self.world_size)
         return np.unique(np.concatenate([mine, *plan.mix.image_partners[:, mine]]))
+
+    @property
+    def decoding_rate(self) -> float:
+        return self.world_size * self.decoder.rate
 
     def plans(self, epoch: int, first_step: int, epochs: int) -> Iterator[BatchPlan]:
         steps = self.steps_per_epoch - first_step

@@ -173,6 +173,7 @@ class Trainer:
         total = self.pipeline.steps_per_epoch
         progress = f"epoch {self.epoch + 1}/{self.config.epochs}"
         self.epoch_clock, self.epoch_images, self.epoch_waited = time.monotonic(), 0, 0.0
+        self.input_before = self.phases["input"]
         plans = self.pipeline.plans(self.epoch, self.epoch_step, self.config.epochs)
         for epoch_step in self.report.steps(progress, self.epoch_step, total):
             waiting = time.monotonic()
@@ -340,6 +341,7 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_second": self.epoch_images / elapsed,
             "data_wait": 100.0 * self.epoch_waited / elapsed,
+            "input_ceiling": self.input_ceiling(),
         }
         if self.config.trainer.max_steps is None:
             probe = self.predict(self.probe).metrics()
@@ -365,9 +367,15 @@ class Trainer:
             f"epoch {new[-1]['epoch']}/{self.config.epochs}  step {self.step}  "
             f"lr {train['lr']:g}  train loss {train['loss']:.4f}  "
             + "".join(f"{n['split']} error {n['top1_error']:.2f} %  " for n in new[1:])
-            + f"{train['images_per_second']:.0f} images/s, {train['data_wait']:.0f} % waiting for data"
+            + f"{train['images_per_second']:.0f} images/s ({train['data_wait']:.0f} % waiting for data; "
+            f"the input alone: {train['input_ceiling']:,.0f} images/s)"
         )
         return predictions
+
+    def input_ceiling(self) -> float:
+        """Images a second that this epoch's input would give a network that takes no time."""
+        spent = self.phases["input"] - self.input_before
+        return min(self.epoch_images / max(spent, 1e-9), self.pipeline.decoding_rate)
 
     def line(self, split: str, values: dict[str, float]) -> Line:
         place = {"step": self.step, "epoch": self.epoch + 1, "split": split}

@@ -204,3 +204,23 @@ def test_the_loader_leaves_torchs_generator_alone(files: FileSet) -> None:
     before = torch.get_rng_state()
     epoch(pipeline(files, workers=1, aug=Regularizer(mix=NoMix())))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_the_decoding_rate_is_that_of_all_workers_on_all_ranks(
+    files: FileSet, workers: int
+) -> None:
+    made = pipeline(files, size=2, workers=workers)
+    assert made.decoding_rate == np.inf
+    images = torch.zeros(10, 3, 4, 4, dtype=torch.uint8)
+    for seconds in (0.5, 1.5):
+        made.decoder._checked((images, seconds))
+    # 20 images took one worker two seconds: 10 a second, from each worker of each rank.
+    assert made.decoding_rate == 10 * max(workers, 1) * 2
+
+
+def test_workers_say_how_long_they_took(files: FileSet) -> None:
+    made = pipeline(files, workers=2)
+    images = sum(len(plan) for plan, _ in epoch(made))
+    assert made.decoder.decoded == images
+    assert 0 < made.decoder.seconds < np.inf
