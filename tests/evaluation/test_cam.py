@@ -9,7 +9,8 @@ import torchvision
 from torch import Tensor, nn
 
 from cutmix_exp.errors import UserError
-from cutmix_exp.evaluation.cam import find_head, normalized, upsampled, watched
+from cutmix_exp.evaluation.cam import find_head, upsampled, watched
+from cutmix_exp.models.maps import normalized
 from tests.helpers import config_of
 
 CPU = torch.device("cpu")
