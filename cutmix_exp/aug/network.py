@@ -31,7 +31,11 @@ def residual_blocks(model: nn.Module, wanted_by: str) -> list[Any]:
     Raises:
         UserError: there is none.
     """
-    blocks = [m for m in model.modules() if isinstance(getattr(m, "branch", None), nn.Sequential)]
+    blocks = [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "branch", None), nn.Sequential) and hasattr(module, "shortcut")
+    ]
     if not blocks:
         has_own = any(hasattr(m, "drop_path") or hasattr(m, "drop_path1") for m in model.modules())
         hint = "; its own stochastic depth is model.options.drop_path_rate" if has_own else ""

@@ -178,6 +178,13 @@ def test_a_network_without_a_place_is_refused(op: str) -> None:
     assert "drop_path" not in str(caught.value)
 
 
+@pytest.mark.parametrize("op", ["stochastic_depth", "shakedrop", "dropblock"])
+def test_layers_that_append_their_maps_are_no_residual_blocks(op: str) -> None:
+    network = make_model(config_of("model=densenet", "model.depth=10"))
+    with pytest.raises(UserError, match="residual blocks"):
+        OPS[op].attach(network)
+
+
 def test_a_network_with_stochastic_depth_of_its_own_is_pointed_to() -> None:
     import timm
 
