@@ -269,7 +269,7 @@ class Localization(Suite):
             )
             for i in range(count)
         ]
-        return {"cam.png": contact_sheet(items, f"{subject.name}, threshold {self.threshold:g}")}
+        return {"cam": contact_sheet(items, f"{subject.name}, threshold {self.threshold:g}")}
 
 
 def whole_image(true: list[Boxes], side: int) -> float:

@@ -338,7 +338,7 @@ def test_the_picture_and_a_checkpoint_left_alone() -> None:
     suite, subject = seen_by(Dim, num_pictures=5)
     before = subject.network.fc.weight.clone()
     got = suite.run(subject)
-    pixels = np.asarray(Image.open(BytesIO(got.pictures["cam.png"])).convert("RGB")).astype(int)
+    pixels = np.asarray(Image.open(BytesIO(got.pictures["cam"])).convert("RGB")).astype(int)
     assert min(pixels.shape[:2]) > 200
     for colour in ((255, 0, 0), (0, 255, 0)):  # the true box and the found one are drawn
         assert (np.abs(pixels - colour).sum(2) < 30).sum() > 100
@@ -375,7 +375,7 @@ def test_each_published_layout_from_files_to_findings(tmp_path: Path) -> None:
         assert suite.lacks(subject) == ""
         got = suite.run(subject)
         assert len(got.per_image["correct"]) == len(subject.splits.test)
-        assert got.pictures["cam.png"][:4] == b"\x89PNG"
+        assert got.pictures["cam"][:4] == b"\x89PNG"
         assert ("pxap" in got.metrics) == (name != "tiny_imagenet")
         assert all(0 <= v <= 100 for v in got.metrics.values())
 
