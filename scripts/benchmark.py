@@ -29,6 +29,7 @@ class Options:
 
     python scripts/benchmark.py COMMAND [name=value ...]
 
+    arithmetic   the machine's own matrix products, bf16 beside fp32
     startup      command to first training step
     input        CIFAR batches: crop, flip, normalise
     mix          CutMix of a batch
@@ -38,7 +39,7 @@ class Options:
     memory       peak memory of a training step
     epoch        input, mixing and training step, model by model
     step         the training step alone
-    all          all but `step`: some ten minutes on two cores
+    all          all but `step`: ten minutes or more on two cores
     table        write the page and the chart from the JSON file, measure nothing
 
     effort=1.0         length of the turns; above 1 also their number

@@ -34,7 +34,8 @@ def residual_blocks(model: nn.Module, wanted_by: str) -> list[Any]:
     blocks = [
         module
         for module in model.modules()
-        if isinstance(getattr(module, "branch", None), nn.Sequential) and hasattr(module, "shortcut")
+        if isinstance(getattr(module, "branch", None), nn.Sequential)
+        and hasattr(module, "shortcut")
     ]
     if not blocks:
         has_own = any(hasattr(m, "drop_path") or hasattr(m, "drop_path1") for m in model.modules())

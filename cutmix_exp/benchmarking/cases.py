@@ -59,7 +59,7 @@ SMALL = {
     "resnet18": ("ResNet-18", ["model=resnet", "model.depth=18"], 128, 2.8),
     "resnet110": ("ResNet-110", ["model=resnet", "model.depth=110"], 64, 3.0),
     "pyramidnet110": (
-        "PyramidNet-110 (alpha 64)",
+        "PyramidNet-110 of basic blocks (alpha 64)",
         ["model=pyramidnet", "model.depth=110", "model.alpha=64", "model.block=basic"],
         64,
         3.0,
@@ -192,18 +192,33 @@ def startups(jpegs: str) -> list[Case]:
 
 
 def scalings(jpegs: str) -> list[Case]:
-    """Of a network with few weights beside its arithmetic: what the ranks exchange is small."""
-    overrides = SMALL["resnet110"][1]
-
-    def on(ranks: int) -> Variant:
-        arguments = {"overrides": overrides, "batch": 128, "ranks": ranks}
-        return Variant("ours", "scaling", arguments, (0,))
-
-    variants = {OURS: on(2), "one process, one core": on(1)}
-    title = "Two processes, a core each: ResNet-110, batch 128"
-    # Of fewer cores the goal could not be met: nothing is asked then.
+    """A network with many weights for its arithmetic, whose ranks exchange much at each step, and
+    one with few."""
+    # With fewer cores the goal could not be met: nothing is asked then.
     goal = 1.85 if len(os.sched_getaffinity(0)) > 1 else None
-    return [Case("scaling", "scaling", title, variants, goal, seconds=3.0)]
+
+    def case(network: str, batch: int) -> Case:
+        title, overrides, *_ = SMALL[network]
+
+        def on(ranks: int) -> Variant:
+            arguments = {"overrides": overrides, "batch": batch, "ranks": ranks}
+            return Variant("ours", "scaling", arguments, (0,))
+
+        variants = {OURS: on(2), "one process, one core": on(1)}
+        title = f"Two processes, a core each: {title}, batch {batch}"
+        return Case(f"scaling_{network}", "scaling", title, variants, goal, seconds=3.0)
+
+    return [case("resnet18", 64), case("resnet110", 128)]
+
+
+def arithmetic(jpegs: str) -> list[Case]:
+    """What the machine itself can do: it bounds what bf16 can give."""
+    variants = {
+        OURS: Variant("ours", "products", {"precision": "bf16"}),
+        "fp32": Variant("ours", "products", {"precision": "fp32"}),
+    }
+    title = "The machine's matrix products, bf16 beside fp32"
+    return [Case("arithmetic", "arithmetic", title, variants, None, unit="MFLOP/s", seconds=1.0)]
 
 
 def memories(jpegs: str) -> list[Case]:
@@ -235,6 +250,7 @@ def evaluations(jpegs: str) -> list[Case]:
 
 
 GROUPS = {
+    "arithmetic": arithmetic,
     "startup": startups,
     "input": inputs,
     "mix": mixes,

@@ -212,6 +212,20 @@ def evaluating(overrides: list[str]) -> Work:
     return one
 
 
+def products(precision: str, side: int = 640) -> Work:
+    """Matrix products of this side; counts millions of floating-point operations."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    one, two = torch.randn(2, side, side, device=device()).to(dtype)
+
+    def product() -> int:
+        torch.mm(one, two)
+        if one.is_cuda:
+            torch.cuda.synchronize()
+        return round(2 * side**3 / 1e6)
+
+    return product
+
+
 FIRST_STEP = """
 import os, runpy, sys
 sys.argv[0] = {train!r}

@@ -100,7 +100,8 @@ def rows(whole: dict[str, Any]) -> list[list[str]]:
         if case["quantity"] == "latency":
             ratio = "-"
         other = f"{case['other']}: {spread(case, case['other'])}"
-        out.append([case["title"], spread(case, "ours"), other, ratio, goal, met])
+        title = case["title"] + (" (unsteady)" if unsteady(case) else "")
+        out.append([title, spread(case, "ours"), other, ratio, goal, met])
     return [*out, *_mixing_row(whole["cases"])]
 
 
@@ -113,6 +114,16 @@ def _mixing_row(cases: dict[str, Any]) -> list[list[str]]:
     met = "yes" if percent <= MIXING_SHARE else "no"
     share = f"{percent:.2g} % of the time"
     return [["CutMix in a ResNet-18 step", share, "-", "-", f"at most {MIXING_SHARE} %", met]]
+
+
+UNSTEADY = 0.3
+"""A case whose rounds differ by more than this share of their median is marked."""
+
+
+def unsteady(case: dict[str, Any]) -> bool:
+    """Whether rounds of ours or of what it is compared with differ by more than `UNSTEADY`."""
+    both = (case["figures"][name] for name in ("ours", case["other"]))
+    return any(max(values) - min(values) > UNSTEADY * _median(values) for values in both)
 
 
 HEADER = ["work", "ours", "alternative (best of those measured)", "ratio", "goal", "met"]
@@ -129,7 +140,8 @@ def markdown(whole: dict[str, Any]) -> str:
             "",
             "Written by `python scripts/benchmark.py`, or from its JSON alone by `table`. Variants run in",
             "processes of their own and take turns; figures are medians over the rounds (lowest to",
-            "highest); a ratio is the median of the rounds' ratios.",
+            "highest); a ratio is the median of the rounds' ratios. Unsteady: rounds differ by more than",
+            f"{UNSTEADY:.0%} of their median.",
             "",
             f"{found['memory_gib']} GiB; {', '.join(found['flags']) or 'no vector extensions noted'}; "
             f"measured {' to '.join(sorted({dates[0], dates[-1]}))}.",

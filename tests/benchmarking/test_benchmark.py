@@ -13,7 +13,7 @@ import torch
 from cutmix_exp.benchmarking import worker
 from cutmix_exp.benchmarking.cases import ALL, GROUPS, OURS, Case, Variant
 from cutmix_exp.benchmarking.reference import cut_and_mix
-from cutmix_exp.benchmarking.report import keep, load, machine_name, markdown, rows
+from cutmix_exp.benchmarking.report import keep, load, machine_name, markdown, rows, unsteady
 from cutmix_exp.benchmarking.runner import Process, Result
 from cutmix_exp.errors import UserError
 from tests.helpers import ROOT, command, refused
@@ -55,7 +55,7 @@ def test_results_are_kept_beside_those_of_other_cases(tmp_path: Path) -> None:
     assert list(whole["cases"]) == ["c", "d"]
     table = rows(whole)
     assert table[0] == [
-        "Work",
+        "Work (unsteady)",  # from 30 to 60 around 40
         "40 (30 to 60) images/s",
         "fast: 10 (10 to 30) images/s",
         "3.00 (2.00 to 4.00)",
@@ -63,10 +63,18 @@ def test_results_are_kept_beside_those_of_other_cases(tmp_path: Path) -> None:
         "yes",
     ]
     assert table[1][4:] == ["-", "-"]
-    assert "| Other work |" in markdown(whole)
+    assert "| Other work (unsteady) |" in markdown(whole)
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(UserError, match="holds no benchmark results"):
         load(tmp_path / "broken.json")
+
+
+def test_rounds_within_the_limit_are_steady() -> None:
+    figures = {"ours": [10.0, 11.5, 10.0], "fast": [1.0, 1.25, 1.0], "slow": [1.0, 9.0, 1.0]}
+    case = {"figures": figures, "other": "fast"}
+    assert not unsteady(case)  # what it is not compared with does not matter
+    assert unsteady({**case, "figures": {**figures, "ours": [10.0, 13.5, 10.0]}})
+    assert unsteady({**case, "other": "slow"})
 
 
 def test_the_machine_names_the_file() -> None:
