@@ -133,12 +133,12 @@ class Subject:
         with torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32):
             return self.network((pixels - mean) / std).float()
 
-    def logits_of(self, images: Tensor) -> Tensor:
+    def logits_of(self, images: Tensor, *, gradients: bool = False) -> Tensor:
         """Logits float32 [n, K] of images uint8 [n, 3, H, W], as in the classification's own
-        evaluation, without gradients."""
+        evaluation, without gradients unless they are asked for."""
         dtype = self.config.dtype
         with (
-            torch.no_grad(),
+            torch.set_grad_enabled(gradients),
             torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32),
         ):
             return self.network(self.normalize(images)).float()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cutmix_exp.errors import UserError
+from cutmix_exp.evaluation.base import Subject
 from cutmix_exp.models.heads import MappingHead
 from cutmix_exp.models.maps import class_maps
 
@@ -106,6 +107,50 @@ def watched(head: MapHead) -> Iterator[Seen]:
         handle.remove()
 
 
+class Mapper(Protocol):
+    """A way to tell where a network sees a class.
+
+    Attributes:
+        protocol: its choices that can move a number; `features` is the name of the module at which
+            the feature map is found.
+    """
+
+    @property
+    def protocol(self) -> dict[str, str]: ...
+    def look(
+        self, subject: Subject, images: Tensor, classes: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits float32 [n, K], those of the classification's own evaluation, and maps float32
+        [n, h, w] of one class for each image.
+
+        Args:
+            images: uint8 [n, 3, H, W].
+            classes: int64 [n]; None: the predicted ones.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ByHead:
+    """Class activation maps."""
+
+    head: MapHead
+
+    @property
+    def protocol(self) -> dict[str, str]:
+        return {"features": self.head.name}
+
+    def look(
+        self, subject: Subject, images: Tensor, classes: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """See `Mapper`."""
+        with watched(self.head) as seen:
+            logits = subject.logits_of(images)
+        (features,) = seen.features
+        shown = logits.argmax(1) if classes is None else classes
+        return logits, self.head.maps(features, shown)
+
+
 @torch.no_grad()
 def find_head(network: nn.Module, side: int, device: torch.device) -> MapHead:
     """The end of a network, found by showing it two images of noise: the linear layer whose output
@@ -122,8 +167,7 @@ def find_head(network: nn.Module, side: int, device: torch.device) -> MapHead:
     for name, module in network.named_modules():
         if isinstance(module, MappingHead):
             return OwnHead(name, module)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, 3, side, side, generator=generator).to(device)
+    images = noise(side, device)
     calls: list[Call] = []
     handles = [
         module.register_forward_hook(
@@ -154,6 +198,12 @@ def find_head(network: nn.Module, side: int, device: torch.device) -> MapHead:
         f"{FITTING}; what enters the classifier of {type(network).__name__} is not the mean of a map "
         f"of more than one pixel (images of {side} px)"
     )
+
+
+def noise(side: int, device: torch.device) -> Tensor:
+    """Two images of noise, always the same: float32 [2, 3, side, side]."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 3, side, side, generator=generator).to(device)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ fixed one, the best on images that are not the test's, and the best on the test 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -18,9 +18,10 @@ from cutmix_exp.data.boxes import Boxes
 from cutmix_exp.data.sources import FileSet, ImageSet
 from cutmix_exp.errors import UserError
 from cutmix_exp.evaluation.base import Findings, Subject, Suite, over_images
-from cutmix_exp.evaluation.cam import MapHead, find_head, upsampled, watched
+from cutmix_exp.evaluation.cam import ByHead, Mapper, find_head, upsampled
 from cutmix_exp.evaluation.cam_sheet import Localized, contact_sheet
 from cutmix_exp.evaluation.classification import read_off
+from cutmix_exp.evaluation.gradcam import Method, by_gradient
 from cutmix_exp.evaluation.localization_metrics import (
     accuracy,
     judge,
@@ -78,6 +79,9 @@ class Localization(Suite):
         selection_images: training images on which a threshold is selected where there is no
             validation split; 0: none is.
         num_pictures: images in the contact sheet.
+        method: what makes the map: `cam`, or a method of the library grad-cam (the extra `cam`) at the
+            same feature map. Its ReLU is the positive part that `normalization` takes.
+        layer: of the network, at whose output the map is made instead; not for `cam`.
     """
 
     threshold: float = option(0.15, ge=0, lt=1)
@@ -86,18 +90,30 @@ class Localization(Suite):
     step: float = option(0.05, gt=0, le=0.5)
     selection_images: int = option(1000, ge=0)
     num_pictures: int = option(12, ge=0)
+    method: Literal["cam", Method] = option("cam", neutral="cam")
+    layer: str | None = option(None, neutral=None)
+
+    def __post_init__(self) -> None:
+        if self.method == "cam" and self.layer is not None:
+            raise UserError(
+                f"suite.layer={self.layer}: method=cam has its own layer; expected null, or another "
+                f"method: {', '.join(get_args(Method))}"
+            )
 
     def lacks(self, subject: Subject) -> str:
         if missing := subject.config.dataset.missing_boxes():
             return missing
         try:
-            self._head(subject)
+            self._mapper(subject)
         except UserError as error:
             return str(error)
         return ""
 
-    def _head(self, subject: Subject) -> MapHead:
-        return find_head(subject.network, subject.image_size, subject.world.device)
+    def _mapper(self, subject: Subject) -> Mapper:
+        place = (subject.network, subject.image_size, subject.world.device)
+        if self.method == "cam":
+            return ByHead(find_head(*place))
+        return by_gradient(self.method, self.layer, *place)
 
     @property
     def thresholds(self) -> np.ndarray:
@@ -111,12 +127,12 @@ class Localization(Suite):
         return int(np.flatnonzero(self.thresholds == self.threshold)[0])
 
     def run(self, subject: Subject) -> Findings:
-        head = self._head(subject)
+        mapper = self._mapper(subject)
         true = subject.config.dataset.boxes(subject.splits.test)
-        located = self._locate(subject, head, subject.splits.test, true)
+        located = self._locate(subject, mapper, subject.splits.test, true)
         metrics = self._at(located, self._fixed)
         metrics |= _under("oracle", self._oracle(located))
-        chosen, selected_on = self._selected(subject, head)
+        chosen, selected_on = self._selected(subject, mapper)
         if chosen is not None:
             selected = self._at(located, chosen) | {"threshold": float(self.thresholds[chosen])}
             metrics |= _under("selected", selected)
@@ -131,7 +147,7 @@ class Localization(Suite):
                 "map_of": "the true class",
                 "upsampling": "bilinear, corners not aligned",
                 "map_side": int(located.map_side[0]),
-                "features": head.name,
+                **mapper.protocol,
                 "selected_on": selected_on if chosen is not None else None,
                 "images_without_box": sum(not len(boxes) for boxes in true),
                 "maps_without_component": int((located.found[:, 2] == 0).sum()),
@@ -143,7 +159,7 @@ class Localization(Suite):
                 "iou": overlap.astype(np.float32),
                 "found_box": located.found.astype(np.int16),
             },
-            pictures=self._pictures(subject, head, true),
+            pictures=self._pictures(subject, mapper, true),
             skipped={} if chosen is not None else {"selected threshold": selected_on},
         )
 
@@ -183,7 +199,7 @@ class Localization(Suite):
         curve = {name: [row[name] for row in rows] for name in rows[0]}
         return {"threshold": self.thresholds.tolist(), **curve}
 
-    def _selected(self, subject: Subject, head: MapHead) -> tuple[int | None, str]:
+    def _selected(self, subject: Subject, mapper: Mapper) -> tuple[int | None, str]:
         """The threshold of the highest GT-known localisation on images outside of the test set, and
         which images those are; or None and the reason."""
         part: ImageSet | FileSet
@@ -199,27 +215,25 @@ class Localization(Suite):
             true = subject.config.dataset.boxes(part)
         except UserError as error:
             return None, f"no boxes of the {where}: {error}"
-        located = self._locate(subject, head, part, true)
+        located = self._locate(subject, mapper, part, true)
         return int(np.argmax(accuracy(located.largest > RIGHT))), where
 
     # --------------------------------------------------------------------------------- maps
 
-    def _scores(self, subject: Subject, head: MapHead, features: Tensor, classes: Tensor) -> Tensor:
-        """Maps float32 [n, S, S] in [0, 1] of the images as they are evaluated."""
-        maps = head.maps(features, classes)
-        return normalized(upsampled(maps, subject.image_size), self.normalization)
+    def _scores(self, subject: Subject, maps: Tensor) -> np.ndarray:
+        """Maps float32 [n, S, S] in [0, 1], of the images as they are evaluated, from [n, h, w]."""
+        enlarged = upsampled(maps, subject.image_size)
+        return normalized(enlarged, self.normalization).cpu().numpy()
 
     def _locate(
-        self, subject: Subject, head: MapHead, part: ImageSet | FileSet, true: list[Boxes]
+        self, subject: Subject, mapper: Mapper, part: ImageSet | FileSet, true: list[Boxes]
     ) -> Located:
         mask = subject.config.dataset.masks(part)
         data = subject.test if part is subject.splits.test else subject.at_hand(part)
 
         def work(images: Tensor, labels: Tensor, index: np.ndarray) -> dict[str, Tensor]:
-            with watched(head) as seen:
-                answer = read_off(subject.logits_of(images), labels)
-            (features,) = seen.features
-            scores = self._scores(subject, head, features, labels).cpu().numpy()
+            logits, maps = mapper.look(subject, images, labels)
+            answer, scores = read_off(logits, labels), self._scores(subject, maps)
             boxes = padded([true[image] for image in index])
             judged = [judge(scores > t, boxes, self.connectivity) for t in self.thresholds]
             largest, best, found = (np.stack(column, 1) for column in zip(*judged, strict=True))
@@ -235,7 +249,7 @@ class Localization(Suite):
                 "found": found[:, self._fixed],
                 "inside": inside,
                 "outside": outside,
-                "map_side": np.full(len(index), features.shape[-1]),
+                "map_side": np.full(len(index), maps.shape[-1]),
             }
             return {name: torch.from_numpy(column) for name, column in columns.items()} | {
                 "in_top1": answer["in_top1"],
@@ -244,7 +258,7 @@ class Localization(Suite):
 
         return Located(**over_images(data, subject.world, work))
 
-    def _pictures(self, subject: Subject, head: MapHead, true: list[Boxes]) -> dict[str, bytes]:
+    def _pictures(self, subject: Subject, mapper: Mapper, true: list[Boxes]) -> dict[str, bytes]:
         """A contact sheet of images from all over the test set, with the map of the predicted
         class, which is what a user sees who knows no label."""
         count = min(self.num_pictures, len(subject.test))
@@ -252,9 +266,8 @@ class Localization(Suite):
             return {}
         index = np.linspace(0, len(subject.test) - 1, count).round().astype(np.int64)
         images = torch.cat(list(subject.test.batches([index])))
-        with watched(head) as seen:
-            predicted = subject.logits_of(images).argmax(1)
-        scores = self._scores(subject, head, seen.features[0], predicted).cpu().numpy()
+        logits, maps = mapper.look(subject, images, None)
+        predicted, scores = logits.argmax(1), self._scores(subject, maps)
         boxes = padded([true[i] for i in index])
         *_, found = judge(scores > self.threshold, boxes, self.connectivity)
         names, labels = subject.splits.class_names, subject.test.labels.cpu()[index].tolist()
@@ -269,7 +282,9 @@ class Localization(Suite):
             )
             for i in range(count)
         ]
-        return {"cam": contact_sheet(items, f"{subject.name}, threshold {self.threshold:g}")}
+        way = "" if self.method == "cam" else f"{self.method}, "
+        title = f"{subject.name}, {way}threshold {self.threshold:g}"
+        return {"cam": contact_sheet(items, title)}
 
 
 def whole_image(true: list[Boxes], side: int) -> float:
