@@ -7,7 +7,8 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 import cutmix_exp.startup  # noqa: F401 (first: its settings must come before torch)
-from cutmix_exp.config import from_dict, hydra_messages, resolve
+from cutmix_exp.composition import hydra_messages
+from cutmix_exp.config import from_dict, resolve
 from cutmix_exp.distributed import launched_world
 from cutmix_exp.errors import UserError
 from cutmix_exp.launch import errors_told, launch, tell
