@@ -255,6 +255,23 @@ def test_scripts_refuse_what_they_do_not_know() -> None:
     assert "'rowz'" in refused("rowz=3", script="scripts/preview.py")
 
 
+@pytest.mark.parametrize(
+    ("script", "words", "said"),
+    [
+        ("evaluate", [], ["run=RUN is required: a run_id, ", "suite=NAME is required: a file of"]),
+        ("evaluate", ["suite=fgsm"], ["run=RUN is required: a run_id, a run's directory, a check"]),
+        ("run_table", ["budget=smoke"], ["table=NAME is required: a file of configs/table\n"]),
+        ("compare", [], ["run=[A,B] is required: two of: a run_id, "]),
+    ],
+)
+def test_scripts_say_what_they_require(script: str, words: list[str], said: list[str]) -> None:
+    message = refused(*words, script=f"scripts/{script}.py")
+    for text in [*said, f"scripts/{script}.py --help"]:
+        assert text in message
+    assert message.count("is required") == len(said)
+    assert "configuration" not in message
+
+
 @pytest.mark.slow
 def test_run_table_killed_in_the_middle_and_repeated_runs_what_is_missing(tmp_path: Path) -> None:
     words = ["scripts/run_table.py", "table=demo_digits", "budget=smoke"]
