@@ -6,6 +6,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,49 @@ ELSEWHERE = {"suite": "scripts/evaluate.py", "table": "scripts/run_table.py"}
 """Folders of configs/ that are no groups of a run, and the scripts whose options they are."""
 
 
-def groups() -> dict[str, list[str]]:
-    """The groups of a run with their options: those of the defaults list of train.yaml."""
+HELP = """\
+python train.py [GROUP=OPTION ...] [FIELD=VALUE ...]
+
+Trains one run; with -m and several values (seed=0,1,2) a run for each combination. For example:
+
+  python train.py dataset=digits model=resnet model.depth=20 aug=cutmix budget=smoke
+  python train.py model=pyramidnet aug=cutmix aug.mix.prob=1.0 seed=1
+  python train.py -m dataset=digits model=resnet aug=baseline,cutmix seed=0,1 budget=smoke
+
+Groups and their options:
+
+{groups}
+
+configs/train.yaml explains each field, configs/GROUP/OPTION.yaml those of an option. README.md shows the
+fields worth knowing and more commands. Every field with its value, without a training:
+
+  python train.py GROUP=OPTION ... --cfg job
+"""
+
+
+def help_text() -> str:
+    """What `train.py --help` prints."""
+    lines = []
+    for group, default in _defaults().items():
+        usual = "that of the data set" if default == "${dataset}" else default or "none"
+        text = f"{', '.join(_options(group))} (default: {usual})"
+        lines += textwrap.wrap(
+            text, 100, initial_indent=f"  {group:<12}", subsequent_indent=" " * 14
+        )
+    return HELP.format(groups="\n".join(lines))
+
+
+def _defaults() -> dict[str, str | None]:
+    """The groups of a run, those of the defaults list of train.yaml, with what is chosen there."""
     whole = yaml.safe_load((CONFIG_DIR / "train.yaml").read_text())
-    names = [name for entry in whole["defaults"] if isinstance(entry, dict) for name in entry]
-    return {name: _options(name) for name in names if (CONFIG_DIR / name).is_dir()}
+    entries = [entry for entry in whole["defaults"] if isinstance(entry, dict)]
+    chosen = {name: option for entry in entries for name, option in entry.items()}
+    return {name: option for name, option in chosen.items() if (CONFIG_DIR / name).is_dir()}
+
+
+def groups() -> dict[str, list[str]]:
+    """The groups of a run with their options."""
+    return {name: _options(name) for name in _defaults()}
 
 
 def _options(group: str) -> list[str]:

@@ -235,9 +235,20 @@ def test_profile_leaves_a_trace(tmp_path: Path) -> None:
 
 def test_help_lists_the_groups() -> None:
     done = command(str(ROOT / "train.py"), "--help")
-    assert done.returncode == 0
-    for group in ("aug", "budget", "dataset", "model", "schedule"):
-        assert f"{group}: " in done.stdout
+    assert done.returncode == 0, done.stderr
+    for group in ("aug", "budget", "dataset", "experiment", "model", "schedule"):
+        assert f"\n  {group} " in done.stdout
+    for group in ("suite", "table", "hydra"):
+        assert f"\n  {group} " not in done.stdout
+    assert "cutmix_scheduled" in done.stdout and "(default: cifar100)" in done.stdout
+    assert "Hydra" not in done.stdout and "configs/train.yaml" in done.stdout
+    examples = [
+        line.split()[2:] for line in done.stdout.splitlines() if "  python train.py" in line
+    ]
+    assert len(examples) == 4 and examples.pop() == ["GROUP=OPTION", "...", "--cfg", "job"]
+    for words in examples:
+        single = [word.partition(",")[0] for word in words if word != "-m"]
+        assert config_of(*single).aug.name in ("baseline", "cutmix")
 
 
 def test_preview_writes_a_picture(tmp_path: Path) -> None:
