@@ -157,6 +157,14 @@ def test_budgets_are_epochs_of_the_same_recipe(budget: str, epochs: int) -> None
     assert config_of("dataset=cifar10", f"budget={budget}", "schedule.epochs=7").epochs == 7
 
 
+@pytest.mark.parametrize("name", [f.stem for f in FILES if f.parts[0] == "dataset"])
+def test_padding_can_be_set_for_every_data_set(name: str) -> None:
+    own = ["dataset.num_classes=2"] if name == "image_folder" else []
+    built = from_dict(compose([f"dataset={name}", *own, "dataset.padding_mode=reflect"]))
+    assert built.dataset.padding_mode == "reflect"
+    assert from_dict(compose([f"dataset={name}", *own])).dataset.crop_padding == 4
+
+
 def test_resnet110_presets() -> None:
     config = config_of("experiment=resnet110_cutmix")
     assert (config.schedule.lr, config.aug.protocol()["prob"]) == (0.1, 1.0)
@@ -171,6 +179,16 @@ PINNED = {
         "model=pyramidnet",
         "aug=cutmix",
     ): "cifar100-pyramidnet-cutmix-db2cb448-s0",
+    (
+        "dataset=cifar10",
+        "model=pyramidnet",
+        "aug=cutmix",
+    ): "cifar10-pyramidnet-cutmix-99da30e7-s0",
+    (
+        "dataset=tiny_imagenet",
+        "model=resnet",
+        "aug=cutmix",
+    ): "tiny_imagenet-resnet-cutmix-c2b335f4-s0",
 }
 
 
