@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,10 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cutmix_exp.config import from_dict
+from cutmix_exp.errors import UserError
+from cutmix_exp.sweeps import search
+from cutmix_exp.sweeps.cluster import RayEngine, SlurmEngine
+from cutmix_exp.sweeps.jobs import Settings
 from tests.helpers import (
     ROOT,
     TINY,
@@ -328,6 +333,26 @@ def test_run_table_goes_on_after_a_failure(tmp_path: Path) -> None:
     assert "sweep of 2 runs: 0 complete before, 1 completed now, 1 failed" in done.stdout
     assert "failed:\n  Baseline, seed 0: cannot write into" in done.stdout
     assert "| CutMix | 2 |" in done.stdout and "(n=1)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "extra", "start"),
+    [
+        ("submitit", "cluster", lambda: SlurmEngine(Settings())),
+        ("ray", "ray", lambda: RayEngine(Settings())),
+        ("optuna", "search", search._optuna),
+    ],
+)
+def test_what_is_not_installed_is_installed_from_the_checkout(
+    module: str, extra: str, start: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError) as caught:
+        start()
+    command = f"pip install -c constraints.txt -e '.[{extra}]'"
+    assert str(caught.value).endswith(f"not installed: {command}")
+    assert command in (ROOT / "docs" / "sweeps.md").read_text()
+    assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text()
 
 
 def test_the_makefile_lists_its_targets() -> None:
