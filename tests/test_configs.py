@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +40,16 @@ def test_all_files_are_in_a_known_group() -> None:
     ]
     others = [f for f in FILES if len(f.parts) != 2]
     assert others == [Path("hydra/launcher/sweep.yaml"), Path("train.yaml")]
+
+
+def test_every_field_of_train_yaml_is_explained() -> None:
+    text = (CONFIG_DIR / "train.yaml").read_text()
+    fields = text[text.index("\nseed:") : text.index("\nhydra:")].splitlines()
+    values = [line for line in fields if re.match(r" *\w+: +[^ #]", line)]
+    assert {"seed: 0", "  gamma: 0.1"} <= {line.partition(" # ")[0].rstrip() for line in values}
+    for line in values:
+        comment = line.partition(" # ")[2]
+        assert len(comment.split()) > 1 and comment.split()[0] not in ("of", "null:"), line
 
 
 def test_the_launchers_options_are_the_settings_of_a_sweep() -> None:
