@@ -7,7 +7,8 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 import cutmix_exp.startup  # noqa: F401 (first: its settings must come before torch)
-from cutmix_exp.config import from_dict, hydra_messages, resolve
+from cutmix_exp.composition import help_text, hydra_messages
+from cutmix_exp.config import from_dict, resolve
 from cutmix_exp.distributed import launched_world
 from cutmix_exp.errors import UserError
 from cutmix_exp.launch import errors_told, launch, tell
@@ -23,6 +24,9 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv):
+        print(help_text())
+        sys.exit()
     # Hydra raises its errors instead of printing them its own way; they are told as ours are.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     if launched_world() is not None and {"-m", "--multirun"} & set(sys.argv):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import re
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
@@ -23,12 +26,13 @@ def parse(cls: type[T], arguments: list[str], *, rest: list[str] | None = None) 
     errors. `--help` prints the class's docstring.
 
     Raises:
-        UserError: unknown option, wrong type or value.
+        UserError: unknown option, wrong type or value, a required option is missing.
     """
     if {"-h", "--help"} & set(arguments):
         print(cls.__doc__)
         raise SystemExit(0)
-    known = set(getattr(cls, "__dataclass_fields__", {}))
+    fields: dict[str, Any] = getattr(cls, "__dataclass_fields__", {})
+    known = set(fields)
     values = {}
     for word in arguments:
         name, equals, text = word.partition("=")
@@ -43,7 +47,25 @@ def parse(cls: type[T], arguments: list[str], *, rest: list[str] | None = None) 
             values[name] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise UserError(f"{word!r} is no valid value: {error}") from None
+    unset = dataclasses.MISSING
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in values and field.default is unset and field.default_factory is unset
+    ]
+    if missing:
+        told = [described(cls, name) for name in missing]
+        raise UserError("\n".join([*told, f"all options: python {sys.argv[0]} --help"]))
     return schema.build(cls, values)
+
+
+def described(cls: type, name: str) -> str:
+    """A required option as the class's docstring has it: `name=VALUE    what it is`."""
+    found = re.search(
+        rf"^({name}=\S+) +(.+(?:\n +.+)*)", inspect.cleandoc(cls.__doc__ or ""), re.MULTILINE
+    )
+    word, meaning = (found[1], f": {' '.join(found[2].split())}") if found else (f"{name}=...", "")
+    return f"{word} is required{meaning}"
 
 
 def main(command: Callable[[list[str]], int]) -> None:

@@ -7,6 +7,11 @@ import signal
 AGAIN = "the same command continues from the last checkpoint"
 
 
+def installing(extra: str) -> str:
+    """The command that installs an optional part of pyproject.toml, in the folder of train.py."""
+    return f"pip install -c constraints.txt -e '.[{extra}]'"
+
+
 class UserError(ValueError):
     """Something the user can mend; the commands print it without a traceback and exit with `status`.
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,10 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cutmix_exp.config import from_dict
+from cutmix_exp.errors import UserError
+from cutmix_exp.sweeps import search
+from cutmix_exp.sweeps.cluster import RayEngine, SlurmEngine
+from cutmix_exp.sweeps.jobs import Settings
 from tests.helpers import (
     ROOT,
     TINY,
@@ -202,7 +207,10 @@ def test_missing_cifar_is_said_within_seconds(words: list[str], tmp_path: Path) 
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["aug=nothing"], "aug/nothing"),
+        (["aug=nothing"], "no aug=nothing"),
+        (["dataset=digits", "suite=fgsm"], "an option of scripts/evaluate.py"),
+        (["table=demo_digits"], "an option of scripts/run_table.py"),
+        (["lr=0.1"], "did you mean 'schedule.lr'"),
         (["model.dept=20"], "did you mean 'model.depth'"),
         (["aug=cutmix", "aug.mix.prob=1.5"], "aug.mix.prob=1.5"),
         (["seed=["], "seed"),
@@ -232,9 +240,20 @@ def test_profile_leaves_a_trace(tmp_path: Path) -> None:
 
 def test_help_lists_the_groups() -> None:
     done = command(str(ROOT / "train.py"), "--help")
-    assert done.returncode == 0
-    for group in ("aug", "budget", "dataset", "model", "schedule"):
-        assert f"{group}: " in done.stdout
+    assert done.returncode == 0, done.stderr
+    for group in ("aug", "budget", "dataset", "experiment", "model", "schedule"):
+        assert f"\n  {group} " in done.stdout
+    for group in ("suite", "table", "hydra"):
+        assert f"\n  {group} " not in done.stdout
+    assert "cutmix_scheduled" in done.stdout and "(default: cifar100)" in done.stdout
+    assert "Hydra" not in done.stdout and "configs/train.yaml" in done.stdout
+    examples = [
+        line.split()[2:] for line in done.stdout.splitlines() if "  python train.py" in line
+    ]
+    assert len(examples) == 4 and examples.pop() == ["GROUP=OPTION", "...", "--cfg", "job"]
+    for words in examples:
+        single = [word.partition(",")[0] for word in words if word != "-m"]
+        assert config_of(*single).aug.name in ("baseline", "cutmix")
 
 
 def test_preview_writes_a_picture(tmp_path: Path) -> None:
@@ -250,6 +269,23 @@ def test_scripts_refuse_what_they_do_not_know() -> None:
     other = ["table=demo_digits", "schedule.lr=0.5"]
     assert "another experiment" in refused(*other, script="scripts/run_table.py")
     assert "'rowz'" in refused("rowz=3", script="scripts/preview.py")
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "said"),
+    [
+        ("evaluate", [], ["run=RUN is required: a run_id, ", "suite=NAME is required: a file of"]),
+        ("evaluate", ["suite=fgsm"], ["run=RUN is required: a run_id, a run's directory, a check"]),
+        ("run_table", ["budget=smoke"], ["table=NAME is required: a file of configs/table\n"]),
+        ("compare", [], ["run=[A,B] is required: two of: a run_id, "]),
+    ],
+)
+def test_scripts_say_what_they_require(script: str, words: list[str], said: list[str]) -> None:
+    message = refused(*words, script=f"scripts/{script}.py")
+    for text in [*said, f"scripts/{script}.py --help"]:
+        assert text in message
+    assert message.count("is required") == len(said)
+    assert "configuration" not in message
 
 
 @pytest.mark.slow
@@ -299,8 +335,27 @@ def test_run_table_goes_on_after_a_failure(tmp_path: Path) -> None:
     assert "| CutMix | 2 |" in done.stdout and "(n=1)" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("module", "extra", "start"),
+    [
+        ("submitit", "cluster", lambda: SlurmEngine(Settings())),
+        ("ray", "ray", lambda: RayEngine(Settings())),
+        ("optuna", "search", search._optuna),
+    ],
+)
+def test_what_is_not_installed_is_installed_from_the_checkout(
+    module: str, extra: str, start: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError) as caught:
+        start()
+    command = f"pip install -c constraints.txt -e '.[{extra}]'"
+    assert str(caught.value).endswith(f"not installed: {command}")
+    assert command in (ROOT / "docs" / "sweeps.md").read_text()
+    assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text()
+
+
 def test_the_makefile_lists_its_targets() -> None:
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     for target in ("install", "demo", "test", "lint", "type", "tables"):
         assert f"\n{target} " in f"\n{done.stdout}"
-    assert sys.version_info >= (3, 10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 import yaml
 
 from cutmix_exp import schema
+from cutmix_exp.composition import ELSEWHERE, groups
 from cutmix_exp.config import CONFIG_DIR, Config, Hardware, compose, from_dict, resolve
 from cutmix_exp.errors import UserError
 from cutmix_exp.evaluation.base import load_suite
@@ -38,6 +40,16 @@ def test_all_files_are_in_a_known_group() -> None:
     ]
     others = [f for f in FILES if len(f.parts) != 2]
     assert others == [Path("hydra/launcher/sweep.yaml"), Path("train.yaml")]
+
+
+def test_every_field_of_train_yaml_is_explained() -> None:
+    text = (CONFIG_DIR / "train.yaml").read_text()
+    fields = text[text.index("\nseed:") : text.index("\nhydra:")].splitlines()
+    values = [line for line in fields if re.match(r" *\w+: +[^ #]", line)]
+    assert {"seed: 0", "  gamma: 0.1"} <= {line.partition(" # ")[0].rstrip() for line in values}
+    for line in values:
+        comment = line.partition(" # ")[2]
+        assert len(comment.split()) > 1 and comment.split()[0] not in ("of", "null:"), line
 
 
 def test_the_launchers_options_are_the_settings_of_a_sweep() -> None:
@@ -156,6 +168,14 @@ def test_budgets_are_epochs_of_the_same_recipe(budget: str, epochs: int) -> None
     assert config_of("dataset=cifar10", f"budget={budget}", "schedule.epochs=7").epochs == 7
 
 
+@pytest.mark.parametrize("name", [f.stem for f in FILES if f.parts[0] == "dataset"])
+def test_padding_can_be_set_for_every_data_set(name: str) -> None:
+    own = ["dataset.num_classes=2"] if name == "image_folder" else []
+    built = from_dict(compose([f"dataset={name}", *own, "dataset.padding_mode=reflect"]))
+    assert built.dataset.padding_mode == "reflect"
+    assert from_dict(compose([f"dataset={name}", *own])).dataset.crop_padding == 4
+
+
 def test_resnet110_presets() -> None:
     config = config_of("experiment=resnet110_cutmix")
     assert (config.schedule.lr, config.aug.protocol()["prob"]) == (0.1, 1.0)
@@ -170,6 +190,16 @@ PINNED = {
         "model=pyramidnet",
         "aug=cutmix",
     ): "cifar100-pyramidnet-cutmix-db2cb448-s0",
+    (
+        "dataset=cifar10",
+        "model=pyramidnet",
+        "aug=cutmix",
+    ): "cifar10-pyramidnet-cutmix-99da30e7-s0",
+    (
+        "dataset=tiny_imagenet",
+        "model=resnet",
+        "aug=cutmix",
+    ): "tiny_imagenet-resnet-cutmix-c2b335f4-s0",
 }
 
 
@@ -302,11 +332,29 @@ def test_more_processes_than_gpus_are_refused() -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["aug=cutmixx"], ["aug/cutmixx", "cutmix"]),
+        (["aug=cutmixx"], ["no aug=cutmixx", "did you mean aug=cutmix?", "mixup"]),
+        (["model=pyramidnett"], ["did you mean model=pyramidnet?", "options of 'model': densenet"]),
+        (["aug=nothing"], ["there is no aug=nothing\noptions of 'aug': adl, augmix"]),
+        (["experimnt=resnet110_cutmix"], ["did you mean 'experiment'"]),
+        (["suite=fgsm"], ["'suite' is an option of scripts/evaluate.py"]),
+        (["+table=demo_digits"], ["'table' is an option of scripts/run_table.py"]),
+        (["suite.eps=4"], ["'suite' is an option of scripts/evaluate.py"]),
         (["modle=resnet"], ["'modle'", "did you mean 'model'"]),
         (["model=resnet", "model.dept=20"], ["'model.dept'", "did you mean 'model.depth'", "stem"]),
         (["+model.dept=20"], ["'model.dept'", "did you mean 'model.depth'"]),
-        (["aug.mix.prob=0.5"], ["'aug.mix.prob'", "the chosen option of 'aug'"]),
+        (["aug.mix.prob=2"], ["'aug.mix.prob'", "aug=baseline is chosen", "add aug=cutmix (or"]),
+        (["model.alpha=64"], ["model=resnet is chosen", "add model=pyramidnet\n"]),
+        (["aug.alpha=-1"], ["aug=baseline is chosen, which has no 'aug.mix.alpha'"]),
+        (["aug=cutmix", "aug.alpha=-1"], ["did you mean 'aug.mix.alpha'", "'aug' (aug=cutmix)"]),
+        (["experiment=resnet110_cutmix", "aug.alpha=2"], ["mean 'aug.mix.alpha'", "aug=cutmix"]),
+        (["aug=cutmix_or_mixup", "aug.mix.prob=1"], ["'aug.mix.first.prob' or 'aug.mix.second."]),
+        (["aug.cutout.size=8"], ["aug=baseline is chosen", "'aug.image.cutout.size'"]),
+        (["lr=0.1"], ["did you mean 'schedule.lr'?", "fields of the top level: aug, budget"]),
+        (["epochs=3"], ["did you mean 'schedule.epochs'?"]),
+        (["epoch=3"], ["did you mean 'schedule.epochs'?"]),
+        (["sched.epochs=3"], ["there is no field 'sched.epochs'", "mean 'schedule.epochs'?"]),
+        (["schedule.lr.x=1"], ["there is no field 'schedule.lr.x'\nfields of 'schedule'"]),
+        (["dataset.color_jitter=1"], ["default; ++dataset.color_jitter=VALUE sets it"]),
         (["aug=cutmix", "aug.mix.prob=1.5"], ["aug.mix.prob=1.5", ">= 0 and <= 1"]),
         (["schedule.epochs=-3"], ["schedule.epochs=-3", ">= 1"]),
         (["schedule.epochs=0"], ["schedule.epochs=0", ">= 1"]),
@@ -322,8 +370,13 @@ def test_more_processes_than_gpus_are_refused() -> None:
         (["precision=fp16"], ["fp16 needs a GPU"]),
         (["precision=fp8"], ["fp8", "fp32, bf16"]),
         (["device=cuda"], ["no CUDA GPU", "device=cpu"]),
-        (["budget=huge"], ["budget/huge", "smoke"]),
+        (["budget=huge"], ["no budget=huge", "smoke"]),
         (["aug=[cutmix,mixup]"], ["aug=[cutmix,mixup]", "one mixer"]),
+        (["aug=[cutmix,cutmix]"], ["'cutmix' is named twice", "write aug=cutmix"]),
+        (["aug=[cutout,mixup,cutout]"], ["'cutout' is named twice", "write aug=[cutout,mixup]"]),
+        (["aug=[baseline,cutmix]"], ["'baseline' is no regularizer", "write aug=cutmix"]),
+        (["aug=[baseline,baseline]"], ["write aug=baseline"]),
+        (["dataset=[digits,cifar10]"], ["one option is chosen, as dataset=digits"]),
         (["dataset.name=../evil"], ["'../evil'", "folder"]),
         (["trainer.sync_bn=true", "devices=2"], ["needs GPUs", "bn_group_size"]),
         (["trainer.sync_bn=true", "trainer.accumulate=2"], ["exclude each other"]),
@@ -339,6 +392,11 @@ def test_errors_say_what_was_given_and_what_is_allowed(
         resolve(from_dict(compose(overrides)), CPU)
     for text in said:
         assert text in str(caught.value)
+
+
+def test_what_is_no_group_of_a_run_is_an_option_of_a_script() -> None:
+    assert {*groups()} | {*ELSEWHERE} == {*GROUPS} and not {*groups()} & {*ELSEWHERE}
+    assert all((CONFIG_DIR.parent / script).exists() for script in ELSEWHERE.values())
 
 
 def test_budget_files_have_the_known_names() -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cutmix_exp.errors import UserError
+from cutmix_exp.errors import UserError, installing
 from cutmix_exp.evaluation.base import Subject, over_images
 from cutmix_exp.models.base import StagedNetwork
 from cutmix_exp.schema import Part, option
@@ -315,7 +315,7 @@ class PytorchOod(Detector):
         except ImportError:
             return (
                 f"the detector {self.method} is pytorch-ood's, which is not installed; "
-                "pip install 'cutmix_exp[ood]' (in a checkout: pip install -e '.[ood]')"
+                f"{installing('ood')}"
             )
         return lacks_classifier(subject)
 

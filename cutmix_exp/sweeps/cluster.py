@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from cutmix_exp.errors import Interrupted, UserError
+from cutmix_exp.errors import Interrupted, UserError, installing
 from cutmix_exp.files import write_json
 from cutmix_exp.sweeps import process
 from cutmix_exp.sweeps.jobs import Ended, Job, Settings
@@ -63,7 +63,7 @@ class SlurmEngine:
             import submitit
         except ImportError:
             raise UserError(
-                "engine=slurm needs submitit, which is not installed: pip install 'cutmix_exp[cluster]'"
+                f"engine=slurm needs submitit, which is not installed: {installing('cluster')}"
             ) from None
         self.submitit = submitit
         self.settings, self.program = settings, program
@@ -169,7 +169,7 @@ class RayEngine:
             import ray
         except ImportError:
             raise UserError(
-                "engine=ray needs Ray, which is not installed: pip install 'cutmix_exp[ray]'"
+                f"engine=ray needs Ray, which is not installed: {installing('ray')}"
             ) from None
         self.ray, self.settings, self.program = ray, settings, program
         address = settings.ray.address

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from cutmix_exp.errors import UserError
+from cutmix_exp.errors import UserError, installing
 from cutmix_exp.reporting.record import Record, read_record
 from cutmix_exp.schema import option
 from cutmix_exp.sweeps.jobs import Job, Settings, plan
@@ -215,7 +215,7 @@ def _optuna() -> Any:
         import optuna
     except ImportError:
         raise UserError(
-            "a search needs Optuna, which is not installed: pip install 'cutmix_exp[search]'"
+            f"a search needs Optuna, which is not installed: {installing('search')}"
         ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

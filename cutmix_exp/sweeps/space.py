@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cutmix_exp.config import hydra_messages
+from cutmix_exp.composition import hydra_messages
 from cutmix_exp.errors import UserError
 
 

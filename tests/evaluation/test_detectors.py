@@ -141,7 +141,7 @@ def test_networks_that_do_not_fit(digits: Subject) -> None:
 
 def test_without_the_library(digits: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pytorch_ood", None)
-    assert "pip install 'cutmix_exp[ood]'" in PytorchOod(method="ViM").lacks(digits)
+    assert "pip install -c constraints.txt -e '.[ood]'" in PytorchOod(method="ViM").lacks(digits)
 
 
 METHODS = [
