@@ -1,18 +1,20 @@
 """Class activation maps (Zhou et al., 1512.04150): where a network with global average pooling and
-one linear layer sees a class."""
+one linear layer sees a class; or one with a head that makes the maps itself."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cutmix_exp.errors import UserError
+from cutmix_exp.models.heads import MappingHead
+from cutmix_exp.models.maps import class_maps
 
 FITTING = (
     "class activation maps need global average pooling and one linear layer at the end, as in this "
@@ -20,13 +22,48 @@ FITTING = (
 )
 
 
-@dataclass(frozen=True)
-class CamHead:
-    """The end of a network: the last feature map, averaged, times the classifier's weights.
+class MapHead(Protocol):
+    """The end of a network, which makes a map of each class out of the last feature map.
 
     Attributes:
-        name: of the module at which the map is found.
+        name: of the module at which the feature map is found.
         module: that module.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def module(self) -> nn.Module: ...
+    def of(self, inputs: Any, output: Any) -> Tensor:
+        """The feature map float32 [n, C, h, w] of a call of the module."""
+        ...
+
+    def maps(self, features: Tensor, classes: Tensor) -> Tensor:
+        """Activation maps float32 [n, h, w] of one class int64 [n] for each image."""
+        ...
+
+
+@dataclass(frozen=True)
+class OwnHead:
+    """A localisation head that makes its maps itself."""
+
+    name: str
+    module: MappingHead
+
+    def of(self, inputs: Any, output: Any) -> Tensor:
+        last: Tensor = inputs[0][-1]
+        return last.to(torch.float32, copy=True)
+
+    def maps(self, features: Tensor, classes: Tensor) -> Tensor:
+        return self.module.maps(features, classes)
+
+
+@dataclass(frozen=True)
+class CamHead:
+    """The feature map, averaged, times the classifier's weights, is the logits.
+
+    Attributes:
+        name, module: see `MapHead`.
         entering: the map is what enters the module; else what leaves it.
         rectified: the network averages the map's positive part (DenseNet of torchvision).
         weights: float32 [K, C], of the classifier.
@@ -39,15 +76,12 @@ class CamHead:
     weights: Tensor
 
     def of(self, inputs: Any, output: Any) -> Tensor:
-        """The map float32 [n, C, h, w] of a call of the module."""
         found: Tensor = inputs[0] if self.entering else output
         found = found.to(torch.float32, copy=True)  # layers that follow may work in place
         return F.relu(found) if self.rectified else found
 
     def maps(self, features: Tensor, classes: Tensor) -> Tensor:
-        """Activation maps float32 [n, h, w] of one class int64 [n] for each image: the mean of a map
-        is the class's logit without its bias."""
-        return torch.einsum("nc,nchw->nhw", self.weights[classes], features)
+        return class_maps(self.weights, features, classes)
 
 
 @dataclass
@@ -58,7 +92,7 @@ class Seen:
 
 
 @contextmanager
-def watched(head: CamHead) -> Iterator[Seen]:
+def watched(head: MapHead) -> Iterator[Seen]:
     """While it is open, each forward pass appends its last feature map to `features`."""
     seen = Seen()
 
@@ -73,9 +107,10 @@ def watched(head: CamHead) -> Iterator[Seen]:
 
 
 @torch.no_grad()
-def find_head(network: nn.Module, side: int, device: torch.device) -> CamHead:
+def find_head(network: nn.Module, side: int, device: torch.device) -> MapHead:
     """The end of a network, found by showing it two images of noise: the linear layer whose output
-    is the network's, and the last map [n, C, h, w] whose means are what enters that layer.
+    is the network's, and the last map [n, C, h, w] whose means are what enters that layer. A head that
+    makes its maps itself is taken as it is.
 
     Args:
         network: in evaluation mode; it is not changed.
@@ -84,6 +119,9 @@ def find_head(network: nn.Module, side: int, device: torch.device) -> CamHead:
     Raises:
         UserError: the network does not end so, or its last map has one pixel.
     """
+    for name, module in network.named_modules():
+        if isinstance(module, MappingHead):
+            return OwnHead(name, module)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, side, side, generator=generator).to(device)
     calls: list[Call] = []
@@ -146,11 +184,3 @@ def upsampled(maps: Tensor, side: int) -> Tensor:
     """Maps [n, side, side] from maps [n, h, w], bilinearly (the corners are not aligned)."""
     size = [side, side]
     return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
-
-
-def normalized(maps: Tensor, way: str) -> Tensor:
-    """Maps [n, H, W] in [0, 1]: the positive part over its maximum (`max`), or from minimum to
-    maximum (`minmax`); a map without a positive part, or without differences, becomes zero."""
-    low = maps.amin((1, 2), keepdim=True) if way == "minmax" else torch.zeros_like(maps[:, :1, :1])
-    span = maps.amax((1, 2), keepdim=True) - low
-    return torch.where(span > 0, (maps - low) / span, 0.0).clamp(0, 1)

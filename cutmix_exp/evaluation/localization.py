@@ -18,7 +18,7 @@ from cutmix_exp.data.boxes import Boxes
 from cutmix_exp.data.sources import FileSet, ImageSet
 from cutmix_exp.errors import UserError
 from cutmix_exp.evaluation.base import Findings, Subject, Suite, over_images
-from cutmix_exp.evaluation.cam import CamHead, find_head, normalized, upsampled, watched
+from cutmix_exp.evaluation.cam import MapHead, find_head, upsampled, watched
 from cutmix_exp.evaluation.cam_sheet import Localized, contact_sheet
 from cutmix_exp.evaluation.classification import read_off
 from cutmix_exp.evaluation.localization_metrics import (
@@ -31,6 +31,7 @@ from cutmix_exp.evaluation.localization_metrics import (
     pixel_average_precision,
     score_histograms,
 )
+from cutmix_exp.models.maps import normalized
 from cutmix_exp.schema import option
 from cutmix_exp.seeding import stream
 
@@ -95,7 +96,7 @@ class Localization(Suite):
             return str(error)
         return ""
 
-    def _head(self, subject: Subject) -> CamHead:
+    def _head(self, subject: Subject) -> MapHead:
         return find_head(subject.network, subject.image_size, subject.world.device)
 
     @property
@@ -182,7 +183,7 @@ class Localization(Suite):
         curve = {name: [row[name] for row in rows] for name in rows[0]}
         return {"threshold": self.thresholds.tolist(), **curve}
 
-    def _selected(self, subject: Subject, head: CamHead) -> tuple[int | None, str]:
+    def _selected(self, subject: Subject, head: MapHead) -> tuple[int | None, str]:
         """The threshold of the highest GT-known localisation on images outside of the test set, and
         which images those are; or None and the reason."""
         part: ImageSet | FileSet
@@ -203,13 +204,13 @@ class Localization(Suite):
 
     # --------------------------------------------------------------------------------- maps
 
-    def _scores(self, subject: Subject, head: CamHead, features: Tensor, classes: Tensor) -> Tensor:
+    def _scores(self, subject: Subject, head: MapHead, features: Tensor, classes: Tensor) -> Tensor:
         """Maps float32 [n, S, S] in [0, 1] of the images as they are evaluated."""
         maps = head.maps(features, classes)
         return normalized(upsampled(maps, subject.image_size), self.normalization)
 
     def _locate(
-        self, subject: Subject, head: CamHead, part: ImageSet | FileSet, true: list[Boxes]
+        self, subject: Subject, head: MapHead, part: ImageSet | FileSet, true: list[Boxes]
     ) -> Located:
         mask = subject.config.dataset.masks(part)
         data = subject.test if part is subject.splits.test else subject.at_hand(part)
@@ -243,7 +244,7 @@ class Localization(Suite):
 
         return Located(**over_images(data, subject.world, work))
 
-    def _pictures(self, subject: Subject, head: CamHead, true: list[Boxes]) -> dict[str, bytes]:
+    def _pictures(self, subject: Subject, head: MapHead, true: list[Boxes]) -> dict[str, bytes]:
         """A contact sheet of images from all over the test set, with the map of the predicted
         class, which is what a user sees who knows no label."""
         count = min(self.num_pictures, len(subject.test))

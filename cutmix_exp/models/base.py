@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,8 @@ from cutmix_exp.schema import Part
 Family = Literal["cifar", "imagenet"]
 Block = Literal["basic", "bottleneck"]
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+Criterion = Callable[[Tensor, Tensor], Tensor]
+"""The recipe's losses [n] of logits [n, K] with soft targets [n, K]."""
 
 SMALL_IMAGE = 64
 """Images up to this side are CIFAR-like: networks keep their resolution longer."""
@@ -49,6 +52,29 @@ class Model(Part):
 
     def build(self, num_classes: int) -> nn.Module:
         """A network for float images [B, 3, H, W] that returns logits [B, num_classes]."""
+        raise NotImplementedError
+
+
+class AuxiliaryNetwork(nn.Module):
+    """A network with losses of its own in training, beside the recipe's on its logits.
+
+    `network(images)` returns logits, as of any network. A training step calls `network(images,
+    targets)` with soft targets [n, K]; that returns a tuple of tensors, the logits first, and then
+    `auxiliary_losses` is asked. All that has a gradient is made in the call, where DDP sees it, and
+    nothing is kept in the network: so it works under accumulation, autocast and torch.compile.
+    """
+
+    def auxiliary_losses(
+        self, others: tuple[Tensor, ...], targets: Tensor, criterion: Criterion
+    ) -> Tensor:
+        """What each image adds to the recipe's loss on its logits [n], of that image alone: so the
+        sum is the same on any number of ranks and micro-batches.
+
+        Args:
+            others: what followed the logits, in float32 or better.
+            targets: soft, [n, K].
+            criterion: the recipe's loss, for further logits.
+        """
         raise NotImplementedError
 
 

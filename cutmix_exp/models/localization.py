@@ -7,16 +7,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from cutmix_exp.errors import UserError
 from cutmix_exp.models.base import initialise
+from cutmix_exp.models.heads import Head, HeadedNetwork, HeadedResNet, HeadedVgg
 from cutmix_exp.models.library import TorchvisionModel, read_state
+from cutmix_exp.schema import option
 
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuned(TorchvisionModel):
     """A torchvision network whose weights are loaded and whose head is always new, even where it has
-    as many classes (paper appendix B)."""
+    as many classes (paper appendix B).
+
+    Attributes:
+        head: None is global average pooling and one linear layer, whose map of a class is the CAM.
+    """
+
+    head: Head | None = option(None, neutral=None)
+
+    def _try_image(self) -> None:
+        """Raises UserError: as ever; the last map has one pixel, where a head compares pixels."""
+        super()._try_image()
+        network, side = self._sketch(), self.image_size
+        if not isinstance(network, HeadedNetwork):
+            return
+        assert side is not None
+        maps = network.stages_of(torch.zeros(1, 3, side, side, device="meta"))[-1]
+        if maps.shape[2:] == (1, 1):
+            raise UserError(
+                f"{self.name} compares the pixels of its last map, of which images of {side} px leave "
+                "one; use images of at least 32 px (dataset.image_size), or model=vgg_gap, resnet_gap"
+            )
 
     def load(self, num_classes: int, file: Path | None) -> nn.Module:
         network = self.make(num_classes)
@@ -53,6 +77,9 @@ class ResNetGap(FineTuned):
         for module in network.layer4[0].modules():
             if isinstance(module, nn.Conv2d):
                 module.stride = (1, 1)
+        if self.head is not None:
+            assert self.image_size is not None, "resolve() comes first"
+            return HeadedResNet(network, self.head, num_classes, self.image_size)
         network.new_layers = ("fc",)
         made: nn.Module = network
         return made
@@ -77,8 +104,12 @@ class VggGap(FineTuned):
                 f"{self.architecture} is no VGG; choose one, such as model.architecture=vgg16"
             )
         # Not the whole network: its fully connected layers have 120 million weights.
-        features = make_layers(cfgs[LAYERS[name]], batch_norm=norm == "bn")
-        return GapNetwork(features[:-1], num_classes)
+        features = make_layers(cfgs[LAYERS[name]], batch_norm=norm == "bn")[:-1]
+        if self.head is None:
+            return GapNetwork(features, num_classes)
+        assert self.image_size is not None, "resolve() comes first"
+        initialise(features)
+        return HeadedVgg(features, self.head, num_classes, self.image_size)
 
 
 class GapNetwork(nn.Module):

@@ -35,7 +35,7 @@ from cutmix_exp.training.checkpoint import (
 )
 from cutmix_exp.training.ema import make_average
 from cutmix_exp.training.logging import Line, Reporter
-from cutmix_exp.training.loss import soft_losses
+from cutmix_exp.training.loss import lesson_of, soft_losses
 from cutmix_exp.training.optim import make_optimizer, set_rate
 from cutmix_exp.training.state import restore, state_of, state_of_rank
 
@@ -126,6 +126,7 @@ class Trainer:
         self.features = config.aug.mix.attach(self.model)
         self.average = make_average(config.schedule, self.model)
         self.clocks = [m for m in self.model.modules() if isinstance(m, Progress)]
+        self.lesson = lesson_of(self.model)
         trained = compiled(self.model, config)
         self.network: nn.Module = world.wrap(trained, sync_bn=config.trainer.sync_bn)
         self.optimizer = make_optimizer(config.schedule, self.model)
@@ -215,14 +216,12 @@ class Trainer:
                 self.groups.set(len(plan), self.config.bn_groups, positions)
                 self.features.set(batch.mix, positions)
                 with self.no_sync(number < len(parts)):
-                    with self.autocast():
-                        logits = self.network(batch.images)
-                    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                    losses = self.losses(logits, batch.targets)
+                    answer = self.answer(batch)
+                    losses = self.lesson.losses(answer, batch.targets, self.losses)
                     scale = weight * self.world.size / batch.global_size
                     self.scaler.scale(losses.sum() * scale).backward()
                 if weight:
-                    self.sums.add(losses, logits, batch.targets)
+                    self.sums.add(losses, answer[0], batch.targets)
                 after_each()
         if self.world.device.type == "cpu":  # reading a loss on a GPU would make it wait
             # The gradient is the ranks' mean: a loss that is not finite shows on all of them.
@@ -241,6 +240,12 @@ class Trainer:
         self.phases["input"] += spent
         self.phases["step"] -= spent
         return batch
+
+    def answer(self, batch: Batch) -> tuple[Tensor, ...]:
+        """What the network answers, logits [n, K] first, in fp32 or better."""
+        with self.autocast():
+            answer = self.lesson.ask(self.network, batch.images, batch.targets)
+        return tuple(a.to(torch.promote_types(a.dtype, torch.float32)) for a in answer)
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The recipe's loss [n] of logits [n, K] with soft targets [n, K], in fp32 or better."""

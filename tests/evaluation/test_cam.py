@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -9,7 +11,8 @@ import torchvision
 from torch import Tensor, nn
 
 from cutmix_exp.errors import UserError
-from cutmix_exp.evaluation.cam import find_head, normalized, upsampled, watched
+from cutmix_exp.evaluation.cam import find_head, upsampled, watched
+from cutmix_exp.models.maps import normalized
 from tests.helpers import config_of
 
 CPU = torch.device("cpu")
@@ -47,6 +50,8 @@ NETWORKS = {
     "resnext": lambda: own("model=resnext", "model.depth=11", "model.base_width=4"),
     "vgg_gap": lambda: own("model=vgg_gap", "model.architecture=vgg11"),
     "resnet_gap": lambda: own("model=resnet_gap", "model.architecture=resnet18"),
+    "vgg_spg": lambda: own("model=vgg_spg", "model.architecture=vgg11"),
+    "resnet_spg": lambda: own("model=resnet_spg", "model.architecture=resnet18"),
     "timm": lambda: library("timm.resnet18"),
     "googlenet": lambda: library("torchvision.googlenet"),
     "torchvision densenet": lambda: library("torchvision.densenet121"),
@@ -92,6 +97,34 @@ def test_the_papers_networks(words: list[str], side: int, map_side: int) -> None
     with torch.no_grad(), watched(head) as seen:
         network(torch.randn(1, 3, side, side))
     assert seen.features[0].shape[2:] == (map_side, map_side)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["vgg_acol", "resnet_acol"])
+def test_the_map_of_acol_is_the_larger_of_both_classifiers(name: str, dtype: torch.dtype) -> None:
+    """Of the asked class, whatever the predicted one is; the logits are the first classifier's."""
+    architecture = {"vgg": "vgg11", "resnet": "resnet18"}[name.split("_")[0]]
+    words = [f"model={name}", f"model.architecture={architecture}", "model.head.channels=8"]
+    network: Any = uneven(own(*words))
+    head = find_head(network, 64, CPU)
+    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    with torch.no_grad(), watched(head) as seen, autocast:
+        network(torch.randn(3, 3, 96, 96))
+    (last,) = seen.features
+    assert last.dtype == torch.float32
+    for label in range(7):
+        got = head.maps(last, torch.full((3,), label))
+        assert got.shape == (3, 6, 6) and not got.requires_grad
+        parts = []
+        kept = torch.ones(3, 1, 6, 6)
+        with torch.no_grad():
+            for branch in (network.head.first, network.head.second):
+                features = branch(last * kept)[1]
+                maps = torch.einsum("c,nchw->nhw", branch.fc.weight[label], features)
+                parts.append(normalized(maps, "minmax"))
+                kept = (parts[0] < 0.7).float()[:, None]
+        assert torch.allclose(got, torch.maximum(*parts), atol=1e-6)
+        assert all(not torch.allclose(got, part, atol=1e-3) for part in parts)
 
 
 def flat() -> nn.Module:

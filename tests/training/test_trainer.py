@@ -236,7 +236,9 @@ def test_the_step_names_no_method() -> None:
         "baseline",
         "label_smoothing",
     }  # the slot of that name is the loss's
-    words = atoms | {"cutmix(", "lambda_", "box"}
+    heads = {p.stem.split("_")[1] for p in (CONFIG_DIR / "model").glob("vgg_*.yaml")}
+    assert {"acol", "spg"} <= heads
+    words = atoms | heads | {"cutmix(", "lambda_", "box"}
     body = source.replace("cutmix_exp", "")
     assert not [w for w in words if w in body]
     step = ast.parse(textwrap.dedent(inspect.getsource(Trainer.train_step))).body[0]
