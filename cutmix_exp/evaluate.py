@@ -123,8 +123,7 @@ def is_of(entry: Entry, subject: Subject, suite: Suite) -> bool:
     """Whether an entry is what the suite would find again."""
     return (
         entry["checkpoint"] == subject.checkpoint
-        and entry["suite"] == schema.identity_of(suite)
-        and entry["version"] == suite.version
+        and suite.gave(entry)
         and entry["precision"] == subject.config.precision
     )
 

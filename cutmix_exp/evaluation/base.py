@@ -187,6 +187,10 @@ class Suite(Part):
         """The suites that are run in its place: itself, unless it is a collection of others."""
         return [self]
 
+    def gave(self, entry: dict[str, Any]) -> bool:
+        """Whether an entry of a record is of this suite, as it is now."""
+        return bool(entry["suite"] == schema.identity_of(self) and entry["version"] == self.version)
+
     def lacks(self, subject: Subject) -> str:
         """Why the suite cannot be run on this subject (data that is not at hand: which layout is
         expected, where it is published; or a network that does not fit); empty if it can."""

@@ -30,8 +30,23 @@ class Cost:
     hours: float | None
     basis: str
 
+    @property
+    def amount(self) -> str:
+        return "cost unknown" if self.hours is None else f"about {duration(self.hours)}"
+
     def __str__(self) -> str:
-        return "cost unknown" if self.hours is None else f"about {self.hours:.3g} h, {self.basis}"
+        return self.amount if self.hours is None else f"{self.amount}, {self.basis}"
+
+
+def duration(hours: float) -> str:
+    """For people: `25 s`, `12 min`, `5.7 h`, `2,750 h`."""
+    if hours < 90 / 3600:
+        return f"{3600 * hours:.0f} s"
+    if hours < 1.5:
+        return f"{60 * hours:.0f} min"
+    if hours < 100:
+        return f"{hours:.2g} h"
+    return f"{float(f'{hours:.3g}'):,.0f} h"
 
 
 def estimate(config: Config, records: list[Record], tflops: float) -> Cost:

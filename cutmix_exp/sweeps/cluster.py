@@ -115,7 +115,9 @@ class SlurmEngine:
             executor = self._executor(folder, gpus)
             with executor.batch():
                 submitted = [
-                    executor.submit(SlurmRun(job.words, str(job.log.absolute()), self.program))
+                    executor.submit(
+                        SlurmRun(job.words, str(job.log.absolute()), job.program or self.program)
+                    )
                     for job in jobs
                 ]
             for job, held in zip(jobs, submitted, strict=True):
@@ -196,7 +198,7 @@ class RayEngine:
             asked = {"num_gpus": job.gpus, "num_cpus": self.settings.ray.cpus, "max_retries": 0}
             words, log = list(job.words), str(job.log.absolute())
             self.running[job] = self.task.options(**asked).remote(
-                words, log, program=self.program, folder=os.getcwd()
+                words, log, program=job.program or self.program, folder=os.getcwd()
             )
             started[job] = "as a task of Ray"
         return started

@@ -6,11 +6,11 @@ import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from cutmix_exp.config import Config, Hardware, compose, from_dict, resolve
 from cutmix_exp.errors import UserError
-from cutmix_exp.reporting.record import read_record
+from cutmix_exp.reporting.record import Record, read_record
 from cutmix_exp.schema import option
 
 IN_USE = " is in use by "
@@ -72,14 +72,17 @@ class Settings:
     slurm: Slurm = field(default_factory=Slurm)
     ray: Ray = field(default_factory=Ray)
 
-    def resolve(self, config: Config) -> Config:
+    def resolve(self, config: Config, hardware: Hardware | None = None) -> Config:
         """The config as the machine that trains it will resolve it, which names the run.
+
+        Args:
+            hardware: of this machine, where it is not to be asked what it has.
 
         Raises:
             UserError: as `config.resolve`; or the name would depend on a machine of a cluster.
         """
         if self.engine == "local":
-            return resolve(config)
+            return resolve(config, hardware)
         if "auto" in (config.device, config.precision):
             raise UserError(
                 f"engine={self.engine} with device={config.device} precision={config.precision}: "
@@ -99,16 +102,31 @@ class Job:
         words: the overrides of train.py.
         config: resolved.
         record: the file that says whether it is complete.
+        after: what must be complete before it can begin.
     """
+
+    kind: ClassVar[str] = "runs"
+    program: ClassVar[tuple[str, ...] | None] = None
+    """What is started in place of the sweep's program."""
 
     name: str
     words: tuple[str, ...]
     config: Config
     record: Path
+    after: Job | None = None
+
+    @property
+    def key(self) -> str:
+        """What two jobs share that would do the same."""
+        return self.config.run_id
 
     @property
     def log(self) -> Path:
-        return Path(self.config.runs_dir) / ".sweeps" / f"{self.config.run_id}.log"
+        return Path(self.config.runs_dir) / ".sweeps" / f"{self.key}.log"
+
+    @property
+    def script(self) -> str:
+        return Path(self.program[-1]).name if self.program else "train.py"
 
     @property
     def gpus(self) -> int:
@@ -120,6 +138,28 @@ class Job:
             return self.record.exists() and read_record(self.record)["status"] == "complete"
         except UserError:
             return False
+
+    def lacks(self) -> str:
+        """Why it cannot begin; empty if it can."""
+        return ""
+
+    def own_record(self) -> Record:
+        """The record of the run's last start; empty where there is none."""
+        try:
+            return read_record(self.config.run_dir / "record.json")
+        except UserError:
+            return {}
+
+    def outcome(self) -> str | None:
+        """What a try that ended well has found, in some words; None if it is not complete."""
+        record = self.own_record()
+        if record.get("status") != "complete":
+            return None
+        return f"test error {record['metrics']['test/top1_error_last']:.2f} %"
+
+    def told(self) -> str:
+        """Why it is not complete, as far as it has written that down."""
+        return str(self.own_record().get("error", ""))
 
 
 @dataclass(frozen=True)
@@ -141,7 +181,7 @@ def distinct(jobs: Iterable[Job]) -> tuple[list[Job], list[str]]:
     first: dict[str, Job] = {}
     doubles = []
     for job in jobs:
-        known = first.setdefault(job.config.run_id, job)
+        known = first.setdefault(job.key, job)
         if known is not job:
             doubles.append(f"{job.name}: the same run as {known.name}")
     return list(first.values()), doubles
@@ -174,13 +214,14 @@ def names_of(overrides: Sequence[Sequence[str]]) -> list[str]:
     return [" ".join(w for w in words if w not in common) or " ".join(words) for words in overrides]
 
 
-def cause_of(status: int | None, log: str, recorded: str) -> str:
+def cause_of(status: int | None, log: str, recorded: str, script: str = "train.py") -> str:
     """Why a try failed, in a line or some: what it told the user, else how it ended.
 
     Args:
         status: exit status, negative for a signal; None where it is not known.
         log: what this try wrote.
-        recorded: the cause in the run's record, if there is one.
+        recorded: the cause that it has written down, if there is one.
+        script: what was started.
     """
     told = log.rpartition("\nerror: ")[2] if "\nerror: " in log else ""
     if told:
@@ -192,4 +233,4 @@ def cause_of(status: int | None, log: str, recorded: str) -> str:
         return recorded
     lines = [line for line in log.splitlines() if line.strip()]
     tail = f": {lines[-1].strip()}" if "Traceback" in log else ""
-    return f"train.py ended with {status}{tail}"
+    return f"{script} ended with {status}{tail}"

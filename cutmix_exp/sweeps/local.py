@@ -68,7 +68,7 @@ class Local:
                 env=self.environment(job, place),
                 cores=() if alone or job.gpus else self.cores_of(job, place),
                 show=alone,
-                program=self.program,
+                program=job.program or self.program,
             )
             self.running[job] = (child, place)
             started[job] = f"on GPU {','.join(place.gpus)}" if place.gpus else ""

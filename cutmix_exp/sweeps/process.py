@@ -16,6 +16,7 @@ from cutmix_exp.reporting.record import REPOSITORY
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 TRAIN = (sys.executable, str(REPOSITORY / "train.py"))
+EVALUATE = (sys.executable, str(REPOSITORY / "scripts" / "evaluate.py"))
 
 
 def start(
@@ -27,7 +28,7 @@ def start(
     show: bool = False,
     program: Sequence[str] = TRAIN,
 ) -> subprocess.Popen[bytes]:
-    """Start `train.py WORDS`.
+    """Start `train.py WORDS`, or another program.
 
     The process is told to stop (SIGTERM) when the one that started it dies, however it dies, and
     is in a session of its own: Ctrl-C is passed on by the sweep, once.
@@ -52,7 +53,8 @@ def start(
 
     with open(log, "ab") as file:
         at = time.strftime("%Y-%m-%d %H:%M:%S")
-        file.write(f"--- {at}: python train.py {shlex.join(words)}\n".encode())
+        script = os.path.relpath(program[-1], REPOSITORY)
+        file.write(f"--- {at}: python {script} {shlex.join(words)}\n".encode())
         file.flush()
         return subprocess.Popen(
             [*program, *words],

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from cutmix_exp.errors import Interrupted, UserError
-from cutmix_exp.reporting.record import Record, read_record
 from cutmix_exp.stopping import SIGNALS
 from cutmix_exp.sweeps.jobs import IN_USE, Ended, Job, Settings, cause_of, distinct
 from cutmix_exp.sweeps.local import Local
@@ -37,7 +36,8 @@ def engine_of(settings: Settings) -> Engine:
 
 
 class Sweep:
-    """Carries out jobs: those that are not complete, each up to 1 + `retries` times.
+    """Carries out jobs: those that are not complete, each up to 1 + `retries` times, and none before
+    the one that it comes after is complete.
 
     Args:
         jobs: a run that is named twice is carried out once.
@@ -69,6 +69,7 @@ class Sweep:
         self.before: list[Job] = []
         self.trained: list[Job] = []
         self.waiting: deque[Job] = deque()
+        self.later: list[Job] = []
         self.tries: dict[Job, int] = {}
         self.log_from: dict[Job, int] = {}
         self.began: dict[Job, float] = {}
@@ -86,12 +87,14 @@ class Sweep:
             if job.is_complete() and not job.config.force:
                 self.before.append(job)
                 self.on_complete(job)
-            else:
+            elif job.after is None or job.after.key in {other.key for other in self.before}:
                 self.waiting.append(job)
+            else:
+                self.later.append(job)
         self._prepare()
-        state = f"{len(self.before)} complete, {len(self.waiting)} to do"
+        state = f"{len(self.before)} complete, {len(self.waiting) + len(self.later)} to do"
         if not self.brief:
-            print(f"{len(self.jobs)} runs: {state}", flush=True)
+            print(f"{_counted(self.jobs)}: {state}", flush=True)
         for line in self.doubles:
             print(line)
         if self.waiting:
@@ -117,9 +120,9 @@ class Sweep:
                     job.config.model.prepare()
                 except UserError as error:
                     causes[key] = str(error)
-            if causes[key]:
+            if cause := job.lacks() or causes[key]:
                 self.waiting.remove(job)
-                self.failed[job.name] = causes[key]
+                self.failed[job.name] = cause
 
     def _loop(self, engine: Engine) -> None:
         told = 0
@@ -146,16 +149,16 @@ class Sweep:
 
     def _settle(self, end: Ended) -> None:
         job = end.job
-        record = _record(job)
-        if end.status == 0 and record.get("status") == "complete":
+        found = job.outcome() if end.status == 0 else None
+        if found is not None:
             self.trained.append(job)
             self.on_complete(job)
-            error = record["metrics"]["test/top1_error_last"]
             seconds = time.monotonic() - self.began[job]
-            self._say(job, f"complete in {seconds:.0f} s, test error {error:.2f} %")
+            self._say(job, f"complete in {seconds:.0f} s, {found}")
+            self._release(job)
             return
         log = _read(job, self.log_from[job])
-        cause = end.cause or cause_of(end.status, log, record.get("error", ""))
+        cause = end.cause or cause_of(end.status, log, job.told(), job.script)
         if self.signals:
             self._say(job, "stopped; the same command continues it")
         elif IN_USE in cause:
@@ -167,13 +170,23 @@ class Sweep:
             else:
                 self.held[job.name] = cause
                 self._say(job, f"held by another process: {cause}")
-        elif self.tries[job] <= self.settings.retries:
+        elif self.tries[job] <= self.settings.retries and end.status != 0:
             self.waiting.append(job)
             self._say(job, f"failed, will be tried again: {cause}")
         else:
             tries = f"{self.tries[job]} tries" if self.tries[job] > 1 else "1 try"
             self.failed[job.name] = f"{cause}\n({tries}; log: {job.log})"
             self._say(job, f"failed: {cause}")
+
+    def _release(self, job: Job) -> None:
+        """Let those begin that come after it."""
+        ready = [other for other in self.later if other.after and other.after.key == job.key]
+        for other in ready:
+            self.later.remove(other)
+            if cause := other.lacks():
+                self.failed[other.name] = cause
+            else:
+                self.waiting.append(other)
 
     def _engine_is_busy(self) -> bool:
         return self.engine is not None and bool(self.engine.running)
@@ -206,7 +219,7 @@ class Sweep:
         parts += [f"{len(self.failed)} failed"] if self.failed else []
         parts += [f"{len(self.held)} held by other processes"] if self.held else []
         parts += [f"{left} not done"] if left else []
-        lines = [f"sweep of {total} runs: {', '.join(parts)}"]
+        lines = [f"sweep of {_counted(self.jobs, self.refused)}: {', '.join(parts)}"]
         for title, causes in (("failed", self.failed), ("held by another process", self.held)):
             lines += [f"{title}:"] if causes else []
             for name, cause in causes.items():
@@ -229,9 +242,9 @@ def _read(job: Job, start: int) -> str:
         return file.read().decode(errors="replace")
 
 
-def _record(job: Job) -> Record:
-    """The record of the run's last start; empty where there is none."""
-    try:
-        return read_record(job.config.run_dir / "record.json")
-    except UserError:
-        return {}
+def _counted(jobs: Sequence[Job], refused: int = 0) -> str:
+    """How many there are of each kind."""
+    counts = {"runs": refused}
+    for job in jobs:
+        counts[job.kind] = counts.get(job.kind, 0) + 1
+    return " and ".join(f"{count} {kind}" for kind, count in counts.items())
