@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional as vision
 from cutmix_exp.aug.base import PixelOp, Regularizer
 from cutmix_exp.data.augment import crop_boxes
 from cutmix_exp.data.boxes import Framing
-from cutmix_exp.data.decoding import decode
+from cutmix_exp.data.decoding import LEFT_OUT, BadImage, decode
 from cutmix_exp.data.pipeline import BatchPlan, Pipeline
 from cutmix_exp.data.sources import Dataset, FileSet
 from cutmix_exp.distributed import share_or_last
@@ -90,7 +90,9 @@ class DecodedCrops(TorchDataset):
         except UserError as error:
             if not self.files.root.is_dir():
                 return f"the data set's folder {self.files.root} is gone; bring it back, {AGAIN}"
-            return str(error)
+            if isinstance(error, BadImage):
+                return f"{error}, or leave such files out: {LEFT_OUT}"
+            return f"{error}; mend that, {AGAIN}"
 
 
 def as_it_is(images: Any) -> Any:
