@@ -110,19 +110,21 @@ class World:
         """The ranks that do not answer a roll call within `wait` seconds, after an exchange has
         failed: it has failed on all that are alive, and they answer too. All other ranks, if the
         store is out of reach. Ends early when `hurry` is true."""
-        missing = [r for r in range(self.size) if r != self.rank]
+        missing, ended = [r for r in range(self.size) if r != self.rank], threading.Event()
 
         def call() -> None:
             self.store.set(f"here/{self.rank}", "")
-            while missing:
+            while missing and not ended.wait(0.1):
                 missing[:] = [r for r in missing if not self.store.check([f"here/{r}"])]
-                time.sleep(0.1)
 
         thread = threading.Thread(target=call, daemon=True)  # the store may never answer
         thread.start()
         until = time.monotonic() + wait
         while thread.is_alive() and time.monotonic() < until and not hurry():
             thread.join(0.1)
+        # A program that ends while a thread is within the store is aborted, with a dump.
+        ended.set()
+        thread.join(1.0)
         return list(missing)
 
     def host_of(self, rank: int) -> str:

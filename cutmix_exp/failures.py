@@ -77,8 +77,10 @@ def out_of_memory(config: Config, cause: str) -> str:
 
 
 def cannot_write(error: OSError, config: Config) -> str:
-    place = error.filename or config.run_dir
+    place = error.filename or f"into {config.run_dir}"
     mend = "make room" if error.errno in NO_ROOM else "make it writable"
+    if error.errno == errno.EFBIG:
+        mend = "allow larger files (ulimit -f)"
     return (
         f"cannot write {place}: {error.strerror}\n"
         f"{mend}, or move the runs to another disk (runs_dir=FOLDER); files that were there are "

@@ -18,6 +18,13 @@ from cutmix_exp.errors import AGAIN, Interrupted, RankLost, UserError
 TOLD = (UserError.status, RankLost.status)
 """Exit statuses of a process that has told the user what is wrong."""
 
+LAUNCHER_LOGS = (
+    "torch.distributed.elastic",
+    "torch.distributed.elastic.agent.server.api",  # has a level of its own
+    "torch.multiprocessing.spawn",
+)
+"""Where torch's launcher would tell in its own words, and tracebacks, what a process has told."""
+
 
 class WorkerFailed(Exception):
     """A process of a run ended with an error.
@@ -63,8 +70,8 @@ def in_processes(config: Config, work: Callable[[], Any]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    # The launcher would log a traceback of its own for what a process has already told.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in LAUNCHER_LOGS:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         elastic_launch(launch_settings(config), worker)(work)
     except ChildFailedError as error:

@@ -84,6 +84,7 @@ def test_a_file_of_a_limited_size(tmp_path: Path) -> None:
 
     said = told(fork_train(*SMALL, f"runs_dir={tmp_path}", log=tmp_path / "log", before=limit))
     assert "cannot write" in said and "File too large" in said
+    assert "ulimit -f" in said and "make room" not in said
     assert not list(only_run(tmp_path).rglob("*.pt*"))
 
 

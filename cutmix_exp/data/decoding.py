@@ -18,6 +18,9 @@ VERSION = 1
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 """Of files that count as images, in any case of letters."""
 
+LEFT_OUT = "dataset.bad_images=skip"
+"""The option by which files that are no images are left out."""
+
 _ORIENTATION = 0x0112  # the EXIF tag
 
 

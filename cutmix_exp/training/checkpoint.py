@@ -6,6 +6,7 @@ one is recognised whatever the damage.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import pickle
@@ -25,6 +26,17 @@ SCHEMA = 2
 LAST, PREVIOUS = "last.pt", "previous.pt"
 
 State = dict[str, Any]
+
+UNREADABLE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    EOFError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
+"""What torch.load raises for files that are not what it has written."""
 
 
 class Damaged(UserError):
@@ -93,11 +105,8 @@ def load_checkpoint(path: Path) -> State:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise Damaged(path, "it holds more than tensors, none of which is executed") from None
-    except (OSError, RuntimeError, ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines() or [type(error).__name__]
-        raise Damaged(path, reason[0]) from None
+    except UNREADABLE as error:
+        raise Damaged(path, _reason(path, error)) from None
     if not isinstance(state, dict) or "schema" not in state:
         raise Damaged(path, "it is no checkpoint of this project")
     if state["schema"] == SCHEMA and digest(_undigested(state)) != state.get("digest"):
@@ -110,6 +119,18 @@ def load_checkpoint(path: Path) -> State:
             "use the version that wrote it, or start over with force=true"
         )
     return state
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Why a file cannot be read. Torch's own words are of its internals, and may advise to execute
+    what the file holds."""
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:  # as of a seek beyond the end
+        return error.strerror or str(error)
+    if not zipfile.is_zipfile(path):
+        return "it is cut off, or not a checkpoint"
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is damaged, or holds more than tensors, none of which is executed"
+    return "it is damaged"
 
 
 def _undigested(state: State) -> State:

@@ -158,6 +158,10 @@ def test_a_file_that_is_no_image_is_named(files: FileSet, tmp_path: Path) -> Non
         with pytest.raises(UserError, match=r"2\.png cannot be read as an image") as caught:
             epoch(pipeline(broken, workers=workers))
         assert "Traceback" not in str(caught.value)
+        assert "dataset.bad_images=skip" in str(caught.value)
+    broken.path(2).unlink()
+    with pytest.raises(UserError, match=r"2\.png cannot be read: No such file .* continues"):
+        epoch(pipeline(broken, workers=0))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

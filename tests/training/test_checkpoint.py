@@ -102,6 +102,28 @@ def test_two_are_kept_and_the_one_before_takes_the_place_of_a_damaged_one(tmp_pa
         newest_sound(tmp_path)
 
 
+def test_the_damage_is_told_in_a_users_words(tmp_path: Path) -> None:
+    """Not in torch's, which for some of these advise to load what may be malicious."""
+    file = tmp_path / "last.pt"
+    save_checkpoint(file, {"weight": torch.randn(100_000)})
+    whole = file.read_bytes()
+    cut, damaged = "it is cut off, or not a checkpoint", "it is damaged"
+    for content, reason in (
+        (b"", cut),
+        (b"\x80", cut),
+        (b"hello world" * 1000, cut),
+        *((whole[:length], cut) for length in (100, 5000, len(whole) - 1)),
+        (bytes(5000) + whole[5000:], damaged),
+        (whole[:9000] + bytes(4096) + whole[13096:], "its contents do not match their digest"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(Damaged) as caught:
+            load_checkpoint(file)
+        assert caught.value.reason == reason
+    with pytest.raises(Damaged, match="cannot be read: No such file"):
+        load_checkpoint(tmp_path / "none.pt")
+
+
 def test_a_file_system_without_links_is_served_by_copies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
