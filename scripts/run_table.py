@@ -6,6 +6,7 @@ from pathlib import Path
 from cutmix_exp import cli
 from cutmix_exp.errors import UserError
 from cutmix_exp.files import write_json
+from cutmix_exp.reporting.costs import CAUTIOUS
 from cutmix_exp.reporting.record import portable, read_record
 from cutmix_exp.reporting.render import render
 from cutmix_exp.reporting.tables import load_budget, load_records, load_table
@@ -26,7 +27,7 @@ class Options(Settings):
     dry_run=true         only list the rows, their commands, what is done and what the rest will cost;
                          the hardware need not be here
     tflops=20            of the cost estimate: 10^12 operations per second that a device sustains,
-                         assumed where no record of the same data set and model has a speed
+                         assumed where no record of the same model and image size has a speed
     results_dir=results  where records/ and tables/ are kept
     jobs=N               runs at a time; default: as many as the GPUs allow, one on a CPU
     retries=1            further tries of a run that failed
@@ -41,7 +42,7 @@ class Options(Settings):
     budget: str | None = None
     seeds: int | None = option(None, ge=1)
     dry_run: bool = False
-    tflops: float = option(20.0, gt=0)
+    tflops: float = option(CAUTIOUS, gt=0)
     results_dir: str = "results"
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cutmix_exp.config import Config, compose, from_dict, resolve
+from cutmix_exp.reporting.tables import Table, row_config
 from tests.starter import Starter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +23,12 @@ TINY = ["dataset=digits", "model=resnet", "model.depth=8", "budget=smoke", "devi
 def config_of(*overrides: str) -> Config:
     """A resolved config as train.py would make it."""
     return resolve(from_dict(compose(list(overrides))))
+
+
+def row_configs(table: Table) -> list[Config]:
+    """The unresolved configs of the rows that are available."""
+    configs = [row_config(table, row) for row in table.rows]
+    return [config for config in configs if isinstance(config, Config)]
 
 
 def environment(**extra: str) -> dict[str, str]:

@@ -16,10 +16,10 @@ from cutmix_exp.config import CONFIG_DIR, Config, Hardware, compose, from_dict, 
 from cutmix_exp.errors import UserError
 from cutmix_exp.evaluation.base import load_suite
 from cutmix_exp.models.library import LibraryModel
-from cutmix_exp.reporting.tables import BUDGETS, load_budget, load_table, row_configs
+from cutmix_exp.reporting.tables import BUDGETS, load_budget, load_table
 from cutmix_exp.sweeps.jobs import Settings
 from tests.data.trees import class_trees
-from tests.helpers import config_of
+from tests.helpers import config_of, row_configs
 
 CPU = Hardware(cpu_bf16=True)
 HARDWARE = Hardware(gpus=8, gpu_bf16=True, cpu_bf16=True)

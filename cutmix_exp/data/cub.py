@@ -49,6 +49,10 @@ class Cub(ImageFiles):
 
     delivery: Literal["resident", "streaming"] = option("streaming", neutral="resident")
 
+    @property
+    def train_images(self) -> int:
+        return 5_994
+
     def files(self) -> tuple[Listing, Listing, tuple[str, ...]]:
         folder = self.folder()
         classes = tuple(self._column("classes.txt").values())

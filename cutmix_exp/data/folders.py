@@ -141,6 +141,10 @@ class Cifar10Jpeg(ImageFiles):
         "no licence is stated; CIFAR-10's publisher asks to cite Krizhevsky 2009",
     )
 
+    @property
+    def train_images(self) -> int:
+        return 50_000
+
     def fitted_side(self) -> None:
         return None
 
@@ -171,6 +175,10 @@ class ImageNet(ImageFiles):
 
     delivery: Literal["resident", "streaming"] = option("streaming", neutral="resident")
     boxes_dir: str | None = option(None, identity=False)
+
+    @property
+    def train_images(self) -> int:
+        return 1_281_167
 
     def missing(self) -> str:
         missing = super().missing()
@@ -227,6 +235,10 @@ class ImageFolder(ImageFiles):
     test: str = "val"
     fingerprint: str | None = None
 
+    @property
+    def train_images(self) -> int | None:
+        return None if self.missing() else len(self.files()[0])
+
     def folder(self) -> Path:
         return Path(self.root)
 
@@ -267,6 +279,10 @@ class TinyImageNet(ImageFiles):
         "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
         "none of its own; ImageNet's: non-commercial research and education only",
     )
+
+    @property
+    def train_images(self) -> int:
+        return 100_000
 
     def files(self) -> tuple[Listing, Listing, tuple[str, ...]]:
         folder = self.folder()

@@ -233,6 +233,12 @@ class Dataset(Part):
                 )
 
     @property
+    def train_images(self) -> int | None:
+        """Number of training images, those of the validation split among them; None where it is not
+        known without the data."""
+        return None
+
+    @property
     def streams(self) -> bool:
         """Whether `read` gives files that are decoded when they are needed."""
         return False
@@ -392,6 +398,10 @@ class Digits(Dataset):
         "CC BY 4.0",
     )
 
+    @property
+    def train_images(self) -> int:
+        return 1_437
+
     def read(self) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
         if self.image_size % 8:
             nearest = max(8, self.image_size // 8 * 8)
@@ -439,6 +449,10 @@ class Synthetic(Dataset):
     train_size: int = option(256, ge=1)
     test_size: int = option(128, ge=1)
 
+    @property
+    def train_images(self) -> int:
+        return self.train_size
+
     def read(self) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
         rng = np.random.default_rng(0)
         side, coarse = self.image_size, 4
@@ -465,6 +479,10 @@ class Samples(Dataset):
         "https://scikit-learn.org/stable/datasets/loading_other_datasets.html",
         "CC BY 2.0",
     )
+
+    @property
+    def train_images(self) -> int:
+        return 64
 
     def read(self) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
         from sklearn.datasets import load_sample_images
@@ -498,6 +516,10 @@ class Cifar(Dataset):
         "https://www.cs.toronto.edu/~kriz/cifar.html",
         "no licence is stated; the publisher asks to cite Krizhevsky 2009",
     )
+
+    @property
+    def train_images(self) -> int:
+        return 50_000
 
     def _torchvision_class(self) -> Any:
         import torchvision

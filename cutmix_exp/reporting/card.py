@@ -19,7 +19,7 @@ def write_card(of: Examined, folder: Path) -> Path:
     parts = [f"# {of.name}\n", *_head(of), "", *_training(of)]
     for suite, entry in sorted(of.record["evaluations"].items()):
         parts += [f"## {suite}\n", *bullets(_conditions(of, suite, entry)), ""]
-        parts.append(_metrics(entry["metrics"]))
+        parts += [_metrics(entry["metrics"]), *_choices(entry)]
         shown = []
         for name, curve in entry["curves"].items():
             file = pictures / f"{suite}-curve-{name}.png"
@@ -71,10 +71,6 @@ def _conditions(of: Examined, suite: str, entry: dict) -> list[str]:
         f"{entry['precision']} on {cost['device']} x {cost['world_size']}, "
         f"{cost['wall_seconds']:.0f} s; checkpoint {entry['checkpoint']}."
     ]
-    choices = {k: v for k, v in {**entry["suite"], **entry["protocol"]}.items() if k != "class"}
-    choices.pop("name", None)
-    if choices:
-        texts.append("Choices: " + "; ".join(f"{k} {v}" for k, v in choices.items()) + ".")
     correct = of.correct(suite)
     if correct is not None:
         spread = bootstrap_mean(100.0 * (~correct.astype(bool)), seed=0)
@@ -83,6 +79,29 @@ def _conditions(of: Examined, suite: str, entry: dict) -> list[str]:
             f"images {spread.low:.2f} to {spread.high:.2f}."
         )
     return texts
+
+
+def _choices(entry: dict) -> list[str]:
+    """A table of the suite's fields and protocol, as far as they say something."""
+    known = {**entry["suite"], **entry["protocol"]}
+    hidden = ("class", "name")
+    rows = [[k, _shown(v)] for k, v in known.items() if k not in hidden and v is not None]
+    return [table_of(["choice", "value"], rows)] if rows else []
+
+
+def _shown(value: object) -> str:
+    """A value for people: of a part its class and fields, lists without brackets."""
+    if isinstance(value, dict):
+        held = {k: v for k, v in value.items() if k != "class" and v is not None}
+        fields = ", ".join(f"{k} {_shown(v)}" for k, v in held.items())
+        if "class" not in value:
+            return fields
+        return f"{value['class']} ({fields})" if fields else str(value["class"])
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_shown(v) for v in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
 
 
 def _metrics(metrics: dict[str, float]) -> str:

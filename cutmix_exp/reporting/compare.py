@@ -79,6 +79,8 @@ def _paired(a: Examined, b: Examined) -> list[str]:
                 f"{test.p:.3g}",
             ]
         )
+    if not rows and left_out:
+        return ["## Image by image\n", *bullets(left_out), ""]
     if not rows:
         return [
             "No paired tests: the predictions for each image are beside the runs, not in records.\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,16 +11,6 @@ from cutmix_exp.config import Config, from_dict
 from cutmix_exp.models.base import Model
 from cutmix_exp.reporting.flops import BACKWARD, forward_flops
 from cutmix_exp.reporting.record import Record
-
-TRAIN_IMAGES = {
-    "cifar10": 50_000,
-    "cifar100": 50_000,
-    "cifar10_jpeg": 50_000,
-    "tiny_imagenet": 100_000,
-    "imagenet": 1_281_167,
-    "digits": 1_437,
-}
-"""Training images by data set; a cost is unknown where there is no number."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +35,7 @@ def duration(hours: float) -> str:
     if hours < 1.5:
         return f"{60 * hours:.0f} min"
     if hours < 100:
-        return f"{hours:.2g} h"
+        return f"{hours:.1f} h" if hours < 10 else f"{hours:.0f} h"
     return f"{float(f'{hours:.3g}'):,.0f} h"
 
 
@@ -53,23 +43,37 @@ def estimate(config: Config, records: list[Record], tflops: float) -> Cost:
     """The cost of a resolved config.
 
     Args:
-        records: the speeds of those of the same data set, image size and model are used: the
-            highest per device, which is named.
+        records: the speeds of those of the same image size and model are used, if there are any
+            of the same data set: the highest per device, which is named.
         tflops: where there are none, 10^12 operations per second that a device is assumed to
             sustain.
     """
-    images = TRAIN_IMAGES.get(config.dataset.name)
+    images = config.dataset.train_images
     if images is None:
         return Cost(None, "the number of training images is unknown")
     seen = (images - config.dataset.val_size) * config.epochs
     measured = [r for r in records if r["cost"].get("images_per_second") and _alike(r, config)]
+    measured = [r for r in measured if r["dataset"] == config.dataset.name] or measured
     if measured:
         best = max(measured, key=_speed)
         basis = f"as measured on {best['cost']['device']} in {best['protocol']['precision']}"
+        if best["dataset"] != config.dataset.name:
+            basis += f" with {best['dataset']}"
         return Cost(seen / _speed(best) / 3600, basis)
     flops = _flops(config.model, config.dataset.num_classes, config.dataset.image_size)
     hours = seen * (1 + BACKWARD) * flops / (tflops * 1e12) / 3600
-    return Cost(hours, f"assuming {tflops:g} sustained TFLOP/s (tflops=N)")
+    return Cost(hours, f"assuming {tflops:g} TFLOP/s sustained{_meaning(tflops)}")
+
+
+CAUTIOUS = 20.0
+"""TFLOP/s that the arithmetic of a training step is assumed to reach where nothing was measured."""
+
+
+def _meaning(tflops: float) -> str:
+    """What the assumption stands for, in words."""
+    if tflops != CAUTIOUS:
+        return ""
+    return " (cautious for one A100 or H100 in eager bf16; tflops=N for another device)"
 
 
 def _speed(record: Record) -> float:
@@ -78,7 +82,7 @@ def _speed(record: Record) -> float:
 
 
 def _alike(record: Record, config: Config) -> bool:
-    if record["dataset"] != config.dataset.name or record["model"] != config.model.name:
+    if record["model"] != config.model.name:
         return False
     other = from_dict(record["config"])
     same_size = other.dataset.image_size == config.dataset.image_size
@@ -89,7 +93,10 @@ _COUNTED: dict[str, int] = {}
 
 
 def _flops(model: Model, num_classes: int, image_size: int) -> int:
-    """Counted once for each network: a table has many rows with one."""
+    """Counted once for each network: a table has many rows with one. Published weights, which need a
+    download, change no shape."""
+    if getattr(model, "pretrained", False):
+        model = replace(model, pretrained=False)  # type: ignore[call-arg]
     key = repr((model, num_classes, image_size))
     if key not in _COUNTED:
         with torch.device("meta"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from cutmix_exp.reporting.evaluations import render_evaluations
 from cutmix_exp.reporting.markdown import (
@@ -26,6 +27,7 @@ from cutmix_exp.reporting.tables import (
     TOP1,
     TOP5,
     Claim,
+    Line,
     PublishedRule,
     Result,
     Row,
@@ -87,7 +89,7 @@ def _selections(section: Section, found: list[Result]) -> str:
             [
                 line.row.label,
                 str(line.config.epochs) if line.config else "",
-                _claims(line.row),
+                _claims(line.row.published),
                 *shown,
                 mean_and_spread(result.top5["best"], n),
                 f"{line.seeds} (n={n})" if n else "",
@@ -104,9 +106,9 @@ def _protocol(result: Result) -> str:
     return f"{line.protocol('precision')}, BN {line.protocol('bn_group_size')}"
 
 
-def _claims(row: Row) -> str:
+def _claims(claims: Sequence[Claim]) -> str:
     texts = []
-    for claim in row.published:
+    for claim in claims:
         if claim.top1_error is not None and claim.selection is not None:
             top5 = "" if claim.top5_error is None else f" / {claim.top5_error:.2f}"
             rule = RULE_NAMES[claim.selection].removesuffix(" epochs")
@@ -188,6 +190,7 @@ def _caveats(section: Section, found: list[Result]) -> list[str]:
         devices = {f"{r['cost']['device']} x {r['cost']['world_size']}" for r in records}
         texts.append(f"Hardware: {', '.join(sorted(devices))}.")
     texts += _published(section)
+    texts += [_reruns(line.row) for line in _first_lines(lines) if line.row.reruns]
     if any(line.state == "not available yet" for line in lines):
         texts.append("Not available yet: a part that the row names is not in this version.")
     shown = {line.row.label for line in lines}
@@ -212,6 +215,20 @@ def _published(section: Section) -> list[str]:
             "(assumed)."
         )
     return texts
+
+
+def _first_lines(lines: Sequence[Line]) -> list[Line]:
+    """One line of each row: a row has one for each protocol."""
+    return list({line.row.label: line for line in lines}.values())
+
+
+def _reruns(row: Row) -> str:
+    """What others got in the row's setting, by who they are."""
+    by_source: dict[str, list[Claim]] = {}
+    for claim in row.reruns:
+        by_source.setdefault(_source(claim), []).append(claim)
+    texts = [f"{_claims(claims)}: {source}" for source, claims in by_source.items()]
+    return f"{row.label}, run again by others: {'; '.join(texts)}."
 
 
 def _source(claim: Claim) -> str:
@@ -282,6 +299,7 @@ def _csv_row(section: Section, result: Result) -> dict[str, object]:
         out |= _csv_claim(rule, line.row.claim(rule), result.comparisons.get(rule))
     others = [f"{n}={v:g}" for claim in line.row.published for n, v in claim.others.items()]
     out["published_others"] = "; ".join(others)
+    out["reruns"] = _reruns(line.row) if line.row.reruns else ""
     return out
 
 

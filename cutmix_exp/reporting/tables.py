@@ -69,6 +69,7 @@ class Row:
         overrides: none: others' number, quoted and not run.
         published: one number for each selection rule.
         published_as: `TABLE/LABEL` of the row that holds the numbers of this one.
+        reruns: what others got in the same setting; shown, and compared with nothing.
         baseline: label of the row that this one is compared with; its own: with none.
         note: printed below the table.
     """
@@ -77,6 +78,7 @@ class Row:
     overrides: tuple[str, ...] = ()
     published: tuple[Claim, ...] = ()
     published_as: str | None = None
+    reruns: tuple[Claim, ...] = ()
     baseline: str | None = None
     note: str = ""
 
@@ -86,6 +88,8 @@ class Row:
             raise UserError(f"the row '{self.label}' has two published numbers of one selection")
         if self.published and self.published_as:
             raise UserError(f"the row '{self.label}' has both published and published_as")
+        if any(claim.top1_error is None or not claim.source for claim in self.reruns):
+            raise UserError(f"a rerun of the row '{self.label}' has no top1_error or no source")
 
     def claim(self, rule: PublishedRule) -> Claim | None:
         found = [c for c in self.published if c.selection == rule and c.top1_error is not None]
@@ -191,6 +195,10 @@ def _with_claims(table: Table, row: Row) -> Row:
         published = load_table(other).row(label).published
         return replace(row, published=published, published_as=None)
     default = table.claims
+    reruns = tuple(
+        replace(claim, selection=claim.selection or default.selection or "best")
+        for claim in row.reruns
+    )
     published = tuple(
         replace(
             claim,
@@ -200,7 +208,7 @@ def _with_claims(table: Table, row: Row) -> Row:
         )
         for claim in row.published
     )
-    return replace(row, published=published)
+    return replace(row, published=published, reruns=reruns)
 
 
 def load_budget(name: str) -> Budget:
@@ -225,12 +233,6 @@ def row_config(table: Table, row: Row) -> Config | UserError | None:
     """The unresolved config of a row; the error that says what of it is not available yet;
     None for a row that is quoted only."""
     return _composed(tuple(table.overrides(row))) if row.overrides else None
-
-
-def row_configs(table: Table) -> list[Config]:
-    """The unresolved configs of the rows that are available."""
-    configs = [row_config(table, row) for row in table.rows]
-    return [config for config in configs if isinstance(config, Config)]
 
 
 def load_records(folder: Path) -> list[Record]:
@@ -351,7 +353,12 @@ def sections(table: Table, records: list[Record]) -> list[Section]:
             resolved = None
             if isinstance(config, Config):
                 asked = replace(config, budget=load_budget(budget), device="auto")
-                resolved = resolve(asked, ANY_HARDWARE)
+                try:
+                    resolved = resolve(asked, ANY_HARDWARE)
+                except UserError:  # a warm-up that is longer than so small a budget
+                    if budget == table.budget:
+                        raise
+                    continue
                 key = (resolved.cell(), resolved.trainer.bn_group_size)
                 if key in seen:
                     continue

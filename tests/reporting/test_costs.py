@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from cutmix_exp.reporting.costs import estimate
+import pytest
+import yaml
+
+from cutmix_exp.config import CONFIG_DIR
+from cutmix_exp.data.sources import Dataset, Synthetic
+from cutmix_exp.reporting.costs import duration, estimate
+from cutmix_exp.schema import build
+from tests.data.trees import class_trees
 from tests.helpers import config_of
 from tests.reporting.test_tables import record
 
@@ -27,7 +34,11 @@ def test_measured_speeds_come_first() -> None:
     ]
     found = estimate(config, records, tflops=1.0)
     assert found.hours == pytest.approx(50_000 * 36 / 500 / 3600)  # 1 hour
-    assert "D500 in bf16" in found.basis
+    assert found.basis.endswith("D500 in bf16")
+    found = estimate(config, records[3:], tflops=1.0)  # of the same network on images of this size
+    assert found.hours == pytest.approx(50_000 * 36 / 5000 / 3600)
+    assert found.basis.endswith("D5000 in bf16 with cifar100")
+    assert "assuming" in estimate(config, records[2:3], tflops=1.0).basis  # another network
 
 
 def test_else_arithmetic_with_a_stated_assumption() -> None:
@@ -36,9 +47,44 @@ def test_else_arithmetic_with_a_stated_assumption() -> None:
     # A convolution of ResNet-20 is 2 * 9 * C_in * C_out * H * W operations: 0.0816 GFLOP in all.
     flops = 81_626_368
     assert found.hours == pytest.approx(45_000 * 36 * 3 * flops / 2e12 / 3600, rel=0.01)
-    assert "assuming 2 sustained TFLOP/s" in found.basis
+    assert found.basis == "assuming 2 TFLOP/s sustained"
+    basis = estimate(config, [], tflops=20.0).basis
+    assert "assuming 20 TFLOP/s sustained (cautious for one A100 or H100 in eager bf16" in basis
 
 
-def test_unknown_is_said() -> None:
+def test_published_weights_are_not_needed_for_an_estimate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in ("http_proxy", "https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # refuses every connection
+    found = estimate(config_of("experiment=wsol_cub_vgg16"), [], tflops=20.0)
+    assert found.hours is not None and found.hours > 0
+
+
+def test_unknown_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Synthetic, "train_images", None)
     found = estimate(config_of("dataset=synthetic", "model=resnet"), [], tflops=1.0)
     assert found.hours is None and str(found) == "cost unknown"
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (CONFIG_DIR / "dataset").glob("*.yaml")))
+def test_every_data_set_knows_its_number_of_training_images(name: str, tmp_path: Path) -> None:
+    plain = yaml.safe_load((CONFIG_DIR / "dataset" / f"{name}.yaml").read_text())
+    dataset = build(Dataset, {**plain, "root": str(tmp_path)})
+    if name == "image_folder":  # anybody's
+        assert dataset.train_images is None
+        class_trees(tmp_path, each=2)  # of three classes
+        assert dataset.train_images == 6
+        return
+    assert dataset.train_images
+    if not dataset.published or not dataset.missing():  # it is here: made, or part of a package
+        assert len(dataset.read()[0]) == dataset.train_images
+
+
+@pytest.mark.parametrize(
+    ("hours", "said"),
+    [(0.007, "25 s"), (0.2, "12 min"), (5.65, "5.7 h"), (39.2, "39 h"), (2754.0, "2,750 h")],
+)
+def test_durations_are_for_people(hours: float, said: str) -> None:
+    assert duration(hours) == said

@@ -127,7 +127,11 @@ def test_two_networks_are_compared_image_by_image(tmp_path: Path) -> None:
 def test_other_images_or_other_settings_are_not_compared(tmp_path: Path) -> None:
     a = examined(CUTMIX, A, tmp_path)
     shifted = examined(CUTMIX, B, tmp_path, label=np.arange(len(B)) + 1)
-    assert "## Image by image" not in compare(a, shifted)
+    text = compare(a, shifted)
+    assert "* `fgsm`: the two were not shown the same images." in text
+    assert "p (McNemar)" not in text and "No paired tests" not in text
+    alone = Examined(shifted.record, {}, tmp_path)  # a record without what was kept beside the run
+    assert "No paired tests: the predictions for each image are beside" in compare(a, alone)
     b = examined(CUTMIX, B, tmp_path)
     b.record["evaluations"]["fgsm"]["suite"]["eps"] = 4
     assert "Not comparable" in compare(a, b)
@@ -143,6 +147,11 @@ def test_a_card_shows_numbers_curves_and_what_is_missing(tmp_path: Path) -> None
     text = page.read_text()
     assert page.name == f"{of.name}.md"
     assert "| top1_error | 37.5 |" in text
+    assert "Choices:" not in text and "None" not in text and "{" not in text
+    choices = {line["choice"]: line["value"] for line in parsed(text)[-1]}
+    fields = of.record["evaluations"]["fgsm"]["suite"]
+    assert choices["eps"] == f"{fields['eps']}" and "class" not in choices
+    assert choices["clip"] == "yes"
     assert "37.50 % of 8 images, 95% bootstrap interval" in text
     assert "not done: a_set: not at hand" in text and "more" not in text
     assert "`localization`: no boxes" in text and "long since" not in text

@@ -29,11 +29,10 @@ from cutmix_exp.reporting.tables import (
     load_records,
     load_table,
     row_config,
-    row_configs,
     table_names,
     top1_error,
 )
-from tests.helpers import ROOT
+from tests.helpers import ROOT, row_configs
 
 RESULTS = ROOT / "results"
 
@@ -284,6 +283,56 @@ def test_other_runs_and_unfinished_ones_stay_out(tmp_path: Path) -> None:
         (tmp_path / f"{made['run_id']}.json").write_text(json.dumps(made))
     (table,) = parsed(render(TABLE5, load_records(tmp_path))[0])
     assert lines_of_row(table, "CutMix")[0]["last"] == "not run"
+
+
+def test_numbers_of_others_who_ran_it_again_are_shown_and_compared_with_nothing() -> None:
+    markdown, table_csv = render(TABLE5, [record(CUTMIX, seed, 15.0 + seed) for seed in (0, 1)])
+    assert (
+        "* CutMix, run again by others: 15.91 (last), 14.96 (best): ildoonet, issue 7, before lambda "
+        "was corrected (mean of 5 runs); 15.51 / 3.36 (last), 14.49 / 3.01 (best): PuzzleMix's "
+        "repository (mean of 3 runs).\n"
+    ) in markdown
+    assert markdown.count("Baseline, run again by others: 16.50 (last), 16.31 (best)") == 1
+    (cutmix,) = csv_rows(table_csv, "CutMix")
+    assert "14.49 / 3.01 (best)" in cutmix["reruns"]
+    assert cutmix["published_best_top1_error"] == "14.47"
+    (shakedrop,) = csv_rows(table_csv, "ShakeDrop")
+    assert shakedrop["reruns"] == ""
+    with pytest.raises(UserError, match="no source"):
+        Row(label="r", reruns=(Claim(top1_error=1.0),))
+
+
+def test_every_regularizer_is_in_its_table() -> None:
+    files = (yaml.safe_load(p.read_text()) for p in (CONFIG_DIR / "aug").glob("*.yaml"))
+    atoms = {atom for file in files for atom in file.get("atoms", {})}
+    shown = {a for c in row_configs(load_table("regularizers_extended")) for a in c.aug.atoms}
+    variants = {a for c in row_configs(load_table("cutmix_variants")) for a in c.aug.atoms}
+    localisation = {"adl"}
+    assert "between_class_plus" in atoms and "cutmix_one_hot" in variants
+    assert atoms - shown - variants == localisation
+
+
+def test_table_9_is_commands_on_both_data_sets() -> None:
+    for name, dataset in (("wsol", "cub"), ("wsol_imagenet", "imagenet")):
+        table = load_table(name)
+        assert {config.dataset.name for config in row_configs(table)} == {dataset}
+        assert {column.suite for column in table.columns} == {"localization"}
+        assert "none" not in {column.metric for column in table.columns}
+    row = load_table("wsol_imagenet").row("ResNet-50 + CutMix")
+    assert row.overrides == ("experiment=wsol_imagenet_resnet50", "aug=cutmix")
+    assert row.published[0].others == {"ImageNet": 47.25}
+
+
+def test_recipes_of_others_are_compared_with_their_own_numbers() -> None:
+    table = load_table("imagenet_recipes")
+    errors = {row.overrides[0]: row.published[0].top1_error for row in table.rows}
+    assert errors == {
+        "experiment=torchvision_resnet50": 19.142,
+        "experiment=timm_rsb_a1": 19.6,
+        "experiment=timm_rsb_a2": 20.2,
+        "experiment=timm_rsb_a3": 21.9,
+    }
+    assert [table.baseline_of(row) for row in table.rows] == [None] * 4
 
 
 def test_rows_of_a_table_are_different_runs() -> None:
