@@ -88,17 +88,19 @@ def test_what_the_record_has_is_not_run_again(run: Path, monkeypatch: pytest.Mon
     examine(run)
     assert not ran
     examine(run, "precision=fp32")
+    another = int(record_of(run)["config"]["precision"] != "fp32")  # where the processor has bf16
+    assert len(ran) == another
     examine(run, force=True)
-    assert len(ran) == 2
+    assert len(ran) == another + 1
     monkeypatch.setattr(Classification, "version", 2)
     examine(run)
-    assert len(ran) == 3
+    assert len(ran) == another + 2
     file = run / "checkpoints" / "last.pt"
     state = torch.load(file, weights_only=True)
     state["average"]["module.head.fc.bias"][0] += 1
     torch.save(state, file)
     examine(run)
-    assert len(ran) == 4
+    assert len(ran) == another + 3
 
 
 def test_the_committed_copy_of_the_record_follows_if_it_is_of_the_same_training(run: Path) -> None:

@@ -131,7 +131,8 @@ def test_bf16_networks_are_judged_in_bf16_and_attacked_in_fp32() -> None:
     assert scores.metrics["top1_error"] == scores.metrics["clean_top1_error"] == 0.0
     assert scores.protocol["precision"] == "bf16"
     assert scores.protocol["gradient_precision"] == "fp32"
-    pixels, labels = test.images.float() / 255, test.labels
+    # Enough images that some sign hangs on the precision, whatever the processor's rounding.
+    pixels, labels = many.images[:500].float() / 255, many.labels[:500]
     exact = ascent(load_suite("fgsm").source(subject), pixels, labels)
     rough = ascent(load_suite("fgsm", {"gradient": "run"}).source(subject), pixels, labels)
     assert torch.equal(exact, ascent(fp32.logits, pixels, labels))
