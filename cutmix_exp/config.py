@@ -20,8 +20,6 @@ import torch
 
 from cutmix_exp import schema
 from cutmix_exp.aug.base import NoMix, Regularizer
-from cutmix_exp.composition import CONFIG_DIR as CONFIG_DIR
-from cutmix_exp.composition import compose as compose
 from cutmix_exp.data.sources import Dataset
 from cutmix_exp.distributed import launched_world
 from cutmix_exp.errors import UserError

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from cutmix_exp.config import Config, compose, from_dict, resolve
+from cutmix_exp.composition import compose
+from cutmix_exp.config import Config, from_dict, resolve
 from cutmix_exp.distributed import World
 from cutmix_exp.errors import UserError
 from cutmix_exp.evaluation.base import Subject

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cutmix_exp import cli
-from cutmix_exp.config import CONFIG_DIR, compose, from_dict
+from cutmix_exp.composition import CONFIG_DIR, compose
+from cutmix_exp.config import from_dict
 from cutmix_exp.data.folders import ImageFiles, ImageNet
 from cutmix_exp.data.layout import sort_into_folders, validation_synsets
 from cutmix_exp.data.sources import Dataset

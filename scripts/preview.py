@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cutmix_exp import cli
-from cutmix_exp.config import compose, from_dict, resolve
+from cutmix_exp.composition import compose
+from cutmix_exp.config import from_dict, resolve
 from cutmix_exp.data.sources import Splits
 from cutmix_exp.files import write_bytes
 from cutmix_exp.reporting.preview import contact_sheet, visible_methods

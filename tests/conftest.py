@@ -13,20 +13,20 @@ from typing import Any
 import pytest
 import torch
 
-from cutmix_exp import config
+from cutmix_exp import composition
 
 torch.set_num_threads(1)
 
 _composed = functools.cache(lambda overrides: _compose(list(overrides)))
-_compose = config.compose
+_compose = composition.compose
 
 
-@functools.wraps(config.compose)
+@functools.wraps(composition.compose)
 def compose(overrides: list[str]) -> dict[str, Any]:
     return copy.deepcopy(_composed(tuple(overrides)))  # type: ignore[no-any-return]
 
 
-config.compose = compose
+composition.compose = compose
 
 
 def forks(item: pytest.Item) -> bool:

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cutmix_exp.config import Config, compose, from_dict, resolve
+from cutmix_exp.composition import compose
+from cutmix_exp.config import Config, from_dict, resolve
 from cutmix_exp.reporting.tables import Table, row_config
 from tests.starter import Starter
 

@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from cutmix_exp import schema
-from cutmix_exp.composition import ELSEWHERE, groups
-from cutmix_exp.config import CONFIG_DIR, Config, Hardware, compose, from_dict, resolve
+from cutmix_exp.composition import CONFIG_DIR, ELSEWHERE, compose, groups
+from cutmix_exp.config import Config, Hardware, from_dict, resolve
 from cutmix_exp.errors import UserError
 from cutmix_exp.evaluation.base import load_suite
 from cutmix_exp.models.library import LibraryModel

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from cutmix_exp.config import CONFIG_DIR
+from cutmix_exp.composition import CONFIG_DIR
 from cutmix_exp.data.layout import sort_into_folders, validation_synsets
 from cutmix_exp.errors import UserError
 from tests.data.trees import SYNSETS, class_trees, tiny_imagenet, write_image

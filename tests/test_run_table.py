@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from cutmix_exp.config import Hardware, compose, from_dict, resolve
+from cutmix_exp.composition import compose
+from cutmix_exp.config import Hardware, from_dict, resolve
 from cutmix_exp.evaluation.base import load_suite
 from cutmix_exp.files import write_json
 from cutmix_exp.reporting.record import new_record

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from cutmix_exp.config import Config, Hardware, compose, from_dict, resolve
+from cutmix_exp.composition import compose
+from cutmix_exp.config import Config, Hardware, from_dict, resolve
 from cutmix_exp.errors import UserError
 from cutmix_exp.rundir import in_use
 from cutmix_exp.sweeps import process

@@ -21,7 +21,8 @@ import torch
 from cutmix_exp.aug.base import BatchShape, mix_targets, taken
 from cutmix_exp.benchmarking import worker
 from cutmix_exp.benchmarking.inputs import CLASSES, JPEGS, SMALL, Work, random_batch
-from cutmix_exp.config import Config, compose, from_dict, resolve
+from cutmix_exp.composition import compose
+from cutmix_exp.config import Config, from_dict, resolve
 from cutmix_exp.data.pipeline import BatchPlan
 from cutmix_exp.data.sources import FileSet
 from cutmix_exp.distributed import World, world_of

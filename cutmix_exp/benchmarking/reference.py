@@ -111,7 +111,8 @@ def loader_of(data: TorchDataset, batch: int, workers: int, shuffle: bool = True
 
 def network(overrides: list[str]) -> nn.Module:
     """The same network as ours, so that the arithmetic is equal."""
-    from cutmix_exp.config import compose, from_dict, resolve
+    from cutmix_exp.composition import compose
+    from cutmix_exp.config import from_dict, resolve
 
     config = resolve(from_dict(compose(overrides)))
     return config.model.build(config.dataset.num_classes)

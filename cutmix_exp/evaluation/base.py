@@ -18,7 +18,8 @@ import yaml
 from torch import Tensor, nn
 
 from cutmix_exp import schema
-from cutmix_exp.config import CONFIG_DIR, Config
+from cutmix_exp.composition import CONFIG_DIR
+from cutmix_exp.config import Config
 from cutmix_exp.data.pipeline import Normalizer
 from cutmix_exp.data.sources import FileSet, ImageSet, Splits
 from cutmix_exp.distributed import World

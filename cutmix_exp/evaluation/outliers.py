@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
 from cutmix_exp import schema
-from cutmix_exp.config import CONFIG_DIR
+from cutmix_exp.composition import CONFIG_DIR
 from cutmix_exp.data.cache import Cache, Listing
 from cutmix_exp.data.folders import ImageFiles, list_images
 from cutmix_exp.data.sources import Dataset

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from cutmix_exp.aug.base import Regularizer
-from cutmix_exp.config import CONFIG_DIR, Config, compose, from_dict
+from cutmix_exp.composition import CONFIG_DIR, compose
+from cutmix_exp.config import Config, from_dict
 from cutmix_exp.data.pipeline import Batch, BatchPlan, Pipeline
 from cutmix_exp.data.sources import Splits
 from cutmix_exp.distributed import World

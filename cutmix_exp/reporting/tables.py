@@ -16,7 +16,8 @@ import numpy as np
 import yaml
 
 from cutmix_exp import schema
-from cutmix_exp.config import CONFIG_DIR, Budget, Config, Hardware, compose, from_dict, resolve
+from cutmix_exp.composition import CONFIG_DIR, compose
+from cutmix_exp.config import Budget, Config, Hardware, from_dict, resolve
 from cutmix_exp.errors import UserError
 from cutmix_exp.reporting.record import Record, read_record
 from cutmix_exp.reporting.statistics import (

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from cutmix_exp.config import Config, Hardware, compose, from_dict, resolve
+from cutmix_exp.composition import compose
+from cutmix_exp.config import Config, Hardware, from_dict, resolve
 from cutmix_exp.errors import UserError
 from cutmix_exp.reporting.record import Record, read_record
 from cutmix_exp.schema import option

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cutmix_exp.config import DTYPES, Config, Hardware, compose, from_dict, resolve
+from cutmix_exp.composition import compose
+from cutmix_exp.config import DTYPES, Config, Hardware, from_dict, resolve
 from cutmix_exp.errors import UserError
 from cutmix_exp.reporting.costs import Cost, duration, estimate
 from cutmix_exp.reporting.record import Record

@@ -21,7 +21,8 @@ from cutmix_exp.aug.base import (
 )
 from cutmix_exp.aug.image import Cutout
 from cutmix_exp.aug.mix import CutMix, Mixup
-from cutmix_exp.config import Config, compose, from_dict
+from cutmix_exp.composition import compose
+from cutmix_exp.config import Config, from_dict
 from cutmix_exp.errors import UserError
 from cutmix_exp.schema import build, to_dict
 from cutmix_exp.seeding import stream

@@ -12,7 +12,8 @@ from scipy import stats
 from cutmix_exp.aug.base import BatchShape
 from cutmix_exp.aug.blend import BCPlus, VHMix, blend_waves
 from cutmix_exp.aug.mix import Mixup
-from cutmix_exp.config import compose, from_dict
+from cutmix_exp.composition import compose
+from cutmix_exp.config import from_dict
 from tests.aug.test_patch import SHAPE, draw, mix_all, some
 from tests.oracles import mixing
 

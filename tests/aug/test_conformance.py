@@ -23,7 +23,8 @@ from torchvision.transforms import v2
 from cutmix_exp.aug.base import BatchShape, Mixer, NoMix, mix_targets
 from cutmix_exp.aug.feature import feature_maps
 from cutmix_exp.aug.mix import CutMix
-from cutmix_exp.config import CONFIG_DIR, compose, from_dict
+from cutmix_exp.composition import CONFIG_DIR, compose
+from cutmix_exp.config import from_dict
 from cutmix_exp.models.resnet import ResNet
 from cutmix_exp.seeding import stream
 from tests.helpers import ROOT

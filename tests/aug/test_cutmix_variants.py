@@ -10,7 +10,8 @@ from scipy import stats
 
 from cutmix_exp.aug.base import BatchShape, Mixer, MixPlan, unmixed
 from cutmix_exp.aug.mix import CutMix, Mixup, cut_sides
-from cutmix_exp.config import compose, from_dict
+from cutmix_exp.composition import compose
+from cutmix_exp.config import from_dict
 from cutmix_exp.errors import UserError
 from cutmix_exp.schema import identity_of
 from cutmix_exp.seeding import stream

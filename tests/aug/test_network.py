@@ -25,7 +25,8 @@ from cutmix_exp.aug.network import (
     StochasticDepthLayer,
     TwoFactors,
 )
-from cutmix_exp.config import CONFIG_DIR, Config
+from cutmix_exp.composition import CONFIG_DIR
+from cutmix_exp.config import Config
 from cutmix_exp.data.sources import Splits
 from cutmix_exp.distributed import World
 from cutmix_exp.errors import UserError

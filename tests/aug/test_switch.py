@@ -10,7 +10,8 @@ from scipy.stats import beta, binom, kstest
 from cutmix_exp.aug.base import BatchShape
 from cutmix_exp.aug.mix import CutMix, Mixup
 from cutmix_exp.aug.switch import MixSwitch
-from cutmix_exp.config import compose, from_dict
+from cutmix_exp.composition import compose
+from cutmix_exp.config import from_dict
 from cutmix_exp.errors import UserError
 from cutmix_exp.seeding import stream
 from tests.helpers import config_of

@@ -13,7 +13,7 @@ from scipy.stats import linregress
 
 from cutmix_exp import experiment
 from cutmix_exp.aug.base import NoMix
-from cutmix_exp.config import CONFIG_DIR
+from cutmix_exp.composition import CONFIG_DIR
 from cutmix_exp.data.sources import Splits
 from cutmix_exp.distributed import World
 from cutmix_exp.reporting.tables import load_table

@@ -12,7 +12,8 @@ import pytest
 import torch
 import torchvision
 
-from cutmix_exp.config import Config, Hardware, compose, from_dict, resolve
+from cutmix_exp.composition import compose
+from cutmix_exp.config import Config, Hardware, from_dict, resolve
 from cutmix_exp.data.decoding import decode, fit
 from cutmix_exp.data.folders import ImageFolder, ImageNet, TinyImageNet
 from cutmix_exp.data.sources import FileSet, ImageSet, Splits

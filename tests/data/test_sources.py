@@ -21,7 +21,8 @@ import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from cutmix_exp.config import compose, from_dict
+from cutmix_exp.composition import compose
+from cutmix_exp.config import from_dict
 from cutmix_exp.data import sources
 from cutmix_exp.data.sources import (
     NETWORK_TIMEOUT,

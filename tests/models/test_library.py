@@ -15,7 +15,8 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from cutmix_exp.config import compose, from_dict, resolve
+from cutmix_exp.composition import compose
+from cutmix_exp.config import from_dict, resolve
 from cutmix_exp.errors import UserError
 from cutmix_exp.models import library
 from cutmix_exp.models.base import count_parameters

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cutmix_exp.config import CONFIG_DIR
+from cutmix_exp.composition import CONFIG_DIR
 from cutmix_exp.data.sources import Dataset, Synthetic
 from cutmix_exp.reporting.costs import duration, estimate
 from cutmix_exp.schema import build

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cutmix_exp.config import CONFIG_DIR
+from cutmix_exp.composition import CONFIG_DIR
 from cutmix_exp.data.sources import Splits
 from cutmix_exp.reporting.preview import contact_sheet, shown, visible_methods
 from tests.helpers import ROOT, config_of

@@ -13,7 +13,8 @@ import pytest
 import yaml
 from scipy import stats
 
-from cutmix_exp.config import CONFIG_DIR, Hardware, compose, from_dict, resolve
+from cutmix_exp.composition import CONFIG_DIR, compose
+from cutmix_exp.config import Hardware, from_dict, resolve
 from cutmix_exp.errors import UserError
 from cutmix_exp.reporting.record import (
     history_of,

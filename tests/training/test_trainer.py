@@ -15,12 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cutmix_exp.composition import CONFIG_DIR, compose
 from cutmix_exp.config import (
-    CONFIG_DIR,
     Config,
     Hardware,
     Schedule,
-    compose,
     from_dict,
     resolve,
 )
