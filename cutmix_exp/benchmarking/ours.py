@@ -22,7 +22,7 @@ from cutmix_exp.aug.base import BatchShape, mix_targets, taken
 from cutmix_exp.benchmarking import worker
 from cutmix_exp.benchmarking.inputs import CLASSES, JPEGS, SMALL, Work, random_batch
 from cutmix_exp.composition import compose
-from cutmix_exp.config import Config, from_dict, resolve
+from cutmix_exp.config import DTYPES, Config, from_dict, resolve
 from cutmix_exp.data.pipeline import BatchPlan
 from cutmix_exp.data.sources import FileSet
 from cutmix_exp.distributed import World, world_of
@@ -215,8 +215,7 @@ def evaluating(overrides: list[str]) -> Work:
 
 def products(precision: str, side: int = 640) -> Work:
     """Matrix products of this side; counts millions of floating-point operations."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    one, two = torch.randn(2, side, side, device=device()).to(dtype)
+    one, two = torch.randn(2, side, side, device=device()).to(DTYPES[precision])
 
     def product() -> int:
         torch.mm(one, two)

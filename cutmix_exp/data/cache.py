@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from cutmix_exp.data import decoding
-from cutmix_exp.data.decoding import LEFT_OUT, BadImage, decode, fit
+from cutmix_exp.data.decoding import OR_LEAVE_OUT, BadImage, decode, fit
 from cutmix_exp.data.sources import FileSet, ImageSet, folder_lock
 from cutmix_exp.distributed import is_main_process
 from cutmix_exp.errors import UserError
@@ -112,7 +112,7 @@ class Cache:
         except BadImage as error:
             if self.skip:
                 return error
-            raise UserError(f"{error}, or leave such files out: {LEFT_OUT}") from None
+            raise UserError(f"{error}, {OR_LEAVE_OUT}") from None
         return image if side is None else fit(image, side)
 
     def _decode_all(self, files: Listing, side: int | None) -> Iterator[Tensor | BadImage]:

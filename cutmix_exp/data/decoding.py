@@ -18,8 +18,8 @@ VERSION = 1
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 """Of files that count as images, in any case of letters."""
 
-LEFT_OUT = "dataset.bad_images=skip"
-"""The option by which files that are no images are left out."""
+OR_LEAVE_OUT = "or leave such files out: dataset.bad_images=skip"
+"""The other way to mend a `BadImage`, besides mending the file."""
 
 _ORIENTATION = 0x0112  # the EXIF tag
 

@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as vision
 from cutmix_exp.aug.base import PixelOp, Regularizer
 from cutmix_exp.data.augment import crop_boxes
 from cutmix_exp.data.boxes import Framing
-from cutmix_exp.data.decoding import LEFT_OUT, BadImage, decode
+from cutmix_exp.data.decoding import OR_LEAVE_OUT, BadImage, decode
 from cutmix_exp.data.pipeline import BatchPlan, Pipeline
 from cutmix_exp.data.sources import Dataset, FileSet
 from cutmix_exp.distributed import share_or_last
@@ -91,13 +91,15 @@ class DecodedCrops(TorchDataset):
         try:
             images = torch.stack([self[task] for task in tasks])
         except UserError as error:
-            if not self.files.root.is_dir():
-                gone = f"the data set's folder {self.files.root} is gone; bring it back, {AGAIN}"
-                return gone, 0.0
-            if isinstance(error, BadImage):
-                return f"{error}, or leave such files out: {LEFT_OUT}", 0.0
-            return f"{error}; mend that, {AGAIN}", 0.0
+            return self._told(error), 0.0
         return images, time.monotonic() - began
+
+    def _told(self, error: UserError) -> str:
+        if not self.files.root.is_dir():
+            return f"the data set's folder {self.files.root} is gone; bring it back, {AGAIN}"
+        if isinstance(error, BadImage):
+            return f"{error}, {OR_LEAVE_OUT}"
+        return f"{error}; mend that, {AGAIN}"
 
 
 def as_it_is(images: Any) -> Any:

@@ -378,7 +378,8 @@ class Trainer:
         return predictions
 
     def input_ceiling(self) -> float:
-        """Images a second that this epoch's input would give a network that takes no time."""
+        """Images a second that the input would give a network that takes no time: as in this epoch,
+        and no more than can be decoded, as far as the run has seen."""
         spent = self.phases["input"] - self.input_before
         return min(self.epoch_images / max(spent, 1e-9), self.pipeline.decoding_rate)
 
