@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cutmix_exp.errors import UserError
+from cutmix_exp.errors import UserError, installing
 from cutmix_exp.evaluation.base import Subject
 from cutmix_exp.evaluation.cam import CamHead, MapHead, find_head, noise
 
@@ -50,7 +50,7 @@ def formula(method: Method) -> Formula:
     except ImportError as error:
         raise UserError(
             f"suite.method={method} is of the library grad-cam, which cannot be imported ({error}); "
-            "pip install 'cutmix_exp[cam]' (in a checkout: pip install -e '.[cam]')"
+            f"{installing('cam')}"
         ) from error
     # It wants a module that has parameters, of which it watches no layer.
     held = getattr(pytorch_grad_cam, CLASSES[method])(nn.Linear(1, 1), [])
