@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cutmix_exp import schema
+from cutmix_exp.evaluation.base import load_suite
 from cutmix_exp.reporting.markdown import bullets, csv_of, mean_and_spread, number, table_of
 from cutmix_exp.reporting.record import Record
 from cutmix_exp.reporting.statistics import Summary, summarize
@@ -61,7 +63,7 @@ def _by_method(section: Section) -> tuple[list[str], list[list[str]]]:
         for column in table.columns:
             cells += [_published(line, column)] * (column.label in published)
             cells.append(_cell(line, column))
-        rows.append([*cells, line.seeds, _protocol(line)])
+        rows.append([*cells, line.seeds_counted, _protocol(line)])
     return [*head, "seeds", "protocol"], rows
 
 
@@ -85,7 +87,7 @@ def _upright(section: Section) -> tuple[list[str], list[list[str]]]:
     lines = section.lines
     rows = [row(c.label, [(_published(n, c), _cell(n, c)) for n in lines]) for c in columns]
     if section.has_records:
-        rows.append(row("seeds", [("", line.seeds) for line in lines]))
+        rows.append(row("seeds", [("", line.seeds_counted) for line in lines]))
         rows.append(row("protocol", [("", _protocol(line)) for line in lines]))
     return head, rows
 
@@ -123,6 +125,8 @@ def _caveats(section: Section) -> list[str]:
     if done := [entry for entry in entries if entry]:
         devices = sorted({f"{e['cost']['device']}, {e['precision']}" for e in done})
         texts.append(f"Evaluated on: {'; '.join(devices)}.")
+    if settings := _other_settings(section):
+        texts.append(f"Not with the suite's own settings: {'; '.join(settings)}.")
     sources = [c.source for line in section.lines for c in line.row.published if c.source]
     if sources:
         texts.append(f"Published: {'; '.join(dict.fromkeys(sources))}.")
@@ -131,6 +135,27 @@ def _caveats(section: Section) -> list[str]:
                 "Published numbers are of the whole recipe: not to be compared with these."
             )
     return texts + [f"{r.label}: {r.note}." for r in table.rows if r.note]
+
+
+def _other_settings(section: Section) -> list[str]:
+    """Whose numbers are of other settings than their suite's now (a part of the images, say), which
+    a sweep of the table would replace."""
+    found: dict[str, list[str]] = {}
+    for name in dict.fromkeys(c.suite for c in section.table.columns):
+        suite = load_suite(name)
+        own = schema.identity_of(suite)
+        for line in section.lines:
+            for entry in (r["evaluations"].get(name) for r in line.records):
+                if entry is None or suite.gave(entry):
+                    continue
+                held = entry["suite"]
+                said = [
+                    f"{key}={held.get(key)}" for key in own | held if held.get(key) != own.get(key)
+                ]
+                said += [f"version {entry['version']}"] * (entry["version"] != suite.version)
+                labels = found.setdefault(f"`{name}` {', '.join(said)}", [])
+                labels += [line.row.label] * (line.row.label not in labels)
+    return [f"{what} ({', '.join(labels)})" for what, labels in found.items()]
 
 
 def _others(table: Table, records: list[Record]) -> list[str]:

@@ -92,7 +92,7 @@ def _selections(section: Section, found: list[Result]) -> str:
                 _claims(line.row.published),
                 *shown,
                 mean_and_spread(result.top5["best"], n),
-                f"{line.seeds} (n={n})" if n else "",
+                line.seeds_counted,
                 _protocol(result),
             ]
         )

@@ -297,6 +297,11 @@ class Line:
         return " ".join(str(r["seed"]) for r in self.records)
 
     @property
+    def seeds_counted(self) -> str:
+        """The seeds and, since a lone 0 would read as none, how many they are."""
+        return f"{self.seeds} (n={len(self.records)})" if self.records else ""
+
+    @property
     def own_group(self) -> int | None:
         """The BatchNorm group size, where the row's overrides set it."""
         return self.config.trainer.bn_group_size if self.config else None

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cutmix_exp.errors import UserError
-from cutmix_exp.evaluation.base import suite_names
+from cutmix_exp.evaluation.base import load_suite, suite_names
 from cutmix_exp.files import write_json
 from cutmix_exp.reporting.card import write_card
 from cutmix_exp.reporting.compare import compare
@@ -20,6 +20,7 @@ from cutmix_exp.reporting.examined import Examined, read_examined
 from cutmix_exp.reporting.record import Record, external_record
 from cutmix_exp.reporting.render import render
 from cutmix_exp.reporting.tables import Column, Row, Table, load_table, table_names
+from cutmix_exp.schema import identity_of
 from tests.helpers import config_of
 from tests.reporting.test_tables import parsed, record
 
@@ -59,7 +60,7 @@ def test_published_numbers_stand_beside_ours_or_not_run() -> None:
     assert by_method["CutMix"]["FGSM 8/255"] == "31.5 ± 2.1"  # of 30 and 33
     assert by_method["CutMix"]["FGSM 8/255: published"] == "31.0"
     assert by_method["CutMix"]["clean error"] == "21.5 ± 0.7"
-    assert by_method["CutMix"]["seeds"] == "0 1"
+    assert by_method["CutMix"]["seeds"] == "0 1 (n=2)"
     assert by_method["Mixup"]["FGSM 8/255"] == "not run"
     assert by_method["Baseline"]["FGSM 8/255: published"] == "8.2"
     rows = list(csv.DictReader(io.StringIO(table_csv)))
@@ -74,7 +75,22 @@ def test_numbers_can_run_down_the_page() -> None:
     assert lines["FGSM 8/255"]["CutMix"] == "30.0"
     assert lines["FGSM 8/255"]["CutMix: published"] == "31.0"
     assert lines["FGSM 8/255"]["Baseline"] == "not run"
-    assert lines["seeds"]["CutMix"] == "0"
+    assert lines["seeds"]["CutMix"] == "0 (n=1)"
+
+
+def test_settings_that_are_not_the_suites_own_are_named() -> None:
+    record = examined_record(CUTMIX, 0, 21.0, top1_accuracy=30.0)
+    found = record["evaluations"]["fgsm"]
+    own = load_suite("fgsm")
+    found |= {"suite": identity_of(own), "version": own.version}
+    assert "own settings" not in render(TABLE11, [record])[0]
+    found["suite"] = identity_of(replace(own, limit=2000))
+    assert (
+        "Not with the suite's own settings: `fgsm` limit=2000 (CutMix)."
+        in render(TABLE11, [record])[0]
+    )
+    found |= {"suite": identity_of(own), "version": own.version + 1}
+    assert f"`fgsm` version {own.version + 1} (CutMix)" in render(TABLE11, [record])[0]
 
 
 def test_networks_from_elsewhere_stand_below() -> None:
