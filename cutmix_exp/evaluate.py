@@ -72,7 +72,7 @@ def evaluate(
     """
     with world_of(origin.config.device) as world:
         report = Reporter(active=world.is_main)
-        subject = open_subject(origin, world, report.say)
+        subject = open_subject(origin, world, report.say, report.batches)
         report.say(f"{subject.name}: checkpoint {subject.checkpoint}, {origin.config.precision}")
         place = place_of(origin, subject, results)
         if world.is_main and not place.record.exists():

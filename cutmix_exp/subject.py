@@ -14,7 +14,7 @@ from cutmix_exp.composition import compose
 from cutmix_exp.config import Config, from_dict, resolve
 from cutmix_exp.distributed import World
 from cutmix_exp.errors import UserError
-from cutmix_exp.evaluation.base import Subject
+from cutmix_exp.evaluation.base import Count, Subject
 from cutmix_exp.evaluation.foreign import digest, load_into, read_state
 from cutmix_exp.reporting.record import Record, read_record
 from cutmix_exp.training.trainer import make_model, set_determinism
@@ -121,7 +121,12 @@ def _fields(overrides: list[str]) -> dict[str, Any]:
     return out
 
 
-def open_subject(origin: Origin, world: World, say: Callable[[str], None] = print) -> Subject:
+def open_subject(
+    origin: Origin,
+    world: World,
+    say: Callable[[str], None] = print,
+    count: Count = range,
+) -> Subject:
     """Load network and data.
 
     Raises:
@@ -147,4 +152,4 @@ def open_subject(origin: Origin, world: World, say: Callable[[str], None] = prin
     checkpoint = digest(network)
     plain = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{config.dataset.name}-{config.model.name}")
     name = record["run_id"] if record else f"external-{plain}-{checkpoint[:8]}"
-    return Subject(name, checkpoint, network, config, splits, world, say)
+    return Subject(name, checkpoint, network, config, splits, world, say, count)

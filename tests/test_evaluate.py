@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import pty
 import re
 import shutil
+import subprocess
+import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +29,7 @@ from cutmix_exp.evaluation.classification import Classification
 from cutmix_exp.files import write_json
 from cutmix_exp.reporting.record import portable
 from cutmix_exp.subject import find, open_subject
-from tests.helpers import TINY, command, config_of, record_of, refused
+from tests.helpers import ROOT, TINY, command, config_of, environment, record_of, refused
 
 CLASSIFICATION = load_suite("classification")
 ALONE = World(0, 1, torch.device("cpu"))
@@ -190,6 +195,21 @@ def test_the_command(run: Path) -> None:
     assert record_of(run)["evaluations"]["classification"]
     message = refused(*words, results, "suite=robustnes", script="scripts/evaluate.py")
     assert "classification" in message
+
+
+@pytest.mark.parametrize("suite", ["classification", "fgsm"])
+def test_a_person_who_looks_on_sees_a_bar(run: Path, suite: str) -> None:
+    words = [f"run={run.name}", f"runs_dir={run.parent}", "device=cpu", f"suite={suite}"]
+    shown, (ours, theirs) = b"", pty.openpty()
+    command = [sys.executable, str(ROOT / "scripts/evaluate.py"), *words]
+    with subprocess.Popen(command, stdout=theirs, env=environment(TERM="xterm")) as process:
+        os.close(theirs)
+        with suppress(OSError):  # which tells that the other side has closed
+            while piece := os.read(ours, 4096):
+                shown += piece
+    os.close(ours)
+    assert process.returncode == 0
+    assert re.search(rb"evaluation.*[1-9]\d*/[1-9]", shown), shown
 
 
 def test_the_parts_of_a_collection_are_recorded_under_their_own_names(run: Path) -> None:

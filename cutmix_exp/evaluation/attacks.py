@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cutmix_exp.evaluation.base import Findings, Subject, Suite, over_images
+from cutmix_exp.evaluation.base import Findings, Subject, Suite
 from cutmix_exp.evaluation.classification import read_off
 from cutmix_exp.evaluation.sampling import limited
 from cutmix_exp.schema import option
@@ -184,7 +184,7 @@ class Fgsm(Attack):
             still = direction.flatten(1).abs().amax(1) == 0
             return {"hits": torch.stack(hits, 1), "no_gradient": still}
 
-        columns = over_images(data, subject.world, attack)
+        columns = subject.over(data, attack)
         hits = columns["hits"]
         clean, attacked = hits[:, 0], hits[:, sizes.index(self.eps)]
         curve = {
@@ -248,7 +248,7 @@ class Pgd(Attack):
                 "attacked": right(subject, attacked, labels),
             }
 
-        columns = over_images(data, subject.world, attack)
+        columns = subject.over(data, attack)
         clean, attacked = columns["clean"], columns["attacked"]
         return Findings(
             metrics=accuracies(clean, attacked),

@@ -7,7 +7,7 @@ the config group `suite`, and a new one touches its class, its YAML and its test
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
@@ -58,9 +58,12 @@ Work = Callable[[Tensor, Tensor, np.ndarray], dict[str, Tensor]]
 """What is done with a batch: images uint8 [b, 3, H, W] and labels int64 [b] on the device, and the
 images' indices [b] in the set, to columns of b rows."""
 
+Count = Callable[[int], Iterable[int]]
+"""Counts up to a number of batches, like `range`; one that also shows how far it has come."""
+
 
 def over_images(
-    data: EvaluationSet, world: World, work: Work, batch: int | None = None
+    data: EvaluationSet, world: World, work: Work, batch: int | None = None, count: Count = range
 ) -> dict[str, np.ndarray]:
     """The columns that `work` makes of all images of a set, in the set's order, on every rank.
 
@@ -71,7 +74,8 @@ def over_images(
     numbers = range(world.rank, -(-size // batch), world.size)
     indices = [np.minimum(np.arange(n * batch, (n + 1) * batch), size - 1) for n in numbers]
     mine: list[tuple[int, dict[str, np.ndarray]]] = []
-    for number, index, images in zip(numbers, indices, data.batches(indices), strict=True):
+    for turn, images in zip(count(len(indices)), data.batches(indices), strict=True):
+        number, index = numbers[turn], indices[turn]
         labels = data.labels[torch.from_numpy(index).to(data.labels.device)].to(images.device)
         real = min(batch, size - number * batch)
         columns = work(images, labels, index)
@@ -95,6 +99,7 @@ class Subject:
         splits: the data it was trained and is tested on.
         world: the processes that share the work.
         say: prints a line, on the first process.
+        count: shows how far a suite has come, where a person looks on.
     """
 
     name: str
@@ -104,6 +109,7 @@ class Subject:
     splits: Splits
     world: World
     say: Callable[[str], None] = print
+    count: Count = range
 
     @cached_property
     def test(self) -> EvaluationSet:
@@ -125,6 +131,12 @@ class Subject:
     def at_hand(self, data: ImageSet | FileSet) -> EvaluationSet:
         """Any set of images of this subject's kind (another split, another source)."""
         return at_hand(data, self.config, self.world.device)
+
+    def over(
+        self, data: EvaluationSet, work: Work, batch: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """`over_images` of a set, by this subject's processes."""
+        return over_images(data, self.world, work, batch, self.count)
 
     def logits(self, pixels: Tensor) -> Tensor:
         """Logits float32 [n, K] of images float32 [n, 3, H, W] in [0, 1], normalised inside, so that

@@ -19,7 +19,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from cutmix_exp.errors import UserError
-from cutmix_exp.evaluation.base import EvaluationSet, Findings, Subject, Suite, over_images
+from cutmix_exp.evaluation.base import EvaluationSet, Findings, Subject, Suite
 from cutmix_exp.schema import option
 from cutmix_exp.seeding import stream
 
@@ -273,7 +273,7 @@ class Calibration(Suite):
         def judge(shown: Tensor, labels: Tensor, _index: np.ndarray) -> dict[str, Tensor]:
             return {"logits": subject.logits_of(shown), "label": labels}
 
-        found = over_images(images, subject.world, judge, self.batch_size)
+        found = subject.over(images, judge, self.batch_size)
         bad = int((~np.isfinite(found["logits"])).any(1).sum())
         if bad:
             raise UserError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cutmix_exp.data.pipeline import Normalizer
 from cutmix_exp.distributed import World
-from cutmix_exp.evaluation.base import EvaluationSet, Findings, Subject, Suite, over_images
+from cutmix_exp.evaluation.base import Count, EvaluationSet, Findings, Subject, Suite, over_images
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ def predict(
     normalize: Normalizer,
     world: World,
     dtype: torch.dtype,
+    count: Count = range,
 ) -> Predictions:
     """Predictions for all images of a set that is on the device; every rank gets all of them.
 
@@ -65,7 +66,7 @@ def predict(
             logits = network(normalize(images))
         return read_off(logits.float(), labels)
 
-    columns = over_images(data, world, judge)
+    columns = over_images(data, world, judge, count=count)
     network.train(was_training)
     return Predictions(**columns)
 
@@ -90,7 +91,12 @@ class Classification(Suite):
 
     def run(self, subject: Subject) -> Findings:
         found = predict(
-            subject.network, subject.test, subject.normalize, subject.world, subject.config.dtype
+            subject.network,
+            subject.test,
+            subject.normalize,
+            subject.world,
+            subject.config.dtype,
+            subject.count,
         )
         columns = {"correct": found.in_top1, **asdict(found)}
         return Findings(metrics=found.metrics(), per_image=columns)

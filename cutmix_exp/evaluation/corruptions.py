@@ -15,7 +15,7 @@ from torch import Tensor
 from cutmix_exp.data.sources import ImageSet
 from cutmix_exp.errors import UserError
 from cutmix_exp.evaluation.attacks import percent
-from cutmix_exp.evaluation.base import EvaluationSet, Findings, Subject, Suite, over_images
+from cutmix_exp.evaluation.base import EvaluationSet, Findings, Subject, Suite
 from cutmix_exp.evaluation.classification import read_off
 from cutmix_exp.evaluation.corrupt import Corrupter, read_frost
 from cutmix_exp.evaluation.published import images_by_class, locate, misfit, not_at_hand, places
@@ -133,7 +133,7 @@ class Corruptions(SomeCorruptions):
                 columns[name] = torch.stack(hits, 1)
             return columns
 
-        hits: Hits = over_images(data, subject.world, judge)
+        hits: Hits = subject.over(data, judge)
         clean = hits.pop("clean")
         return Findings(
             metrics=scores(hits, clean),
@@ -258,9 +258,8 @@ def read_array(file: Path, shape: tuple[int | None, ...]) -> np.ndarray:
 
 def hits_of(subject: Subject, data: EvaluationSet) -> np.ndarray:
     """Bool [N]: which images of a set are classified rightly."""
-    columns = over_images(
+    columns = subject.over(
         data,
-        subject.world,
         lambda images, labels, _: {"hits": right(subject, images, labels)},
     )
     return columns["hits"]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cutmix_exp.errors import UserError, installing
-from cutmix_exp.evaluation.base import Subject, over_images
+from cutmix_exp.evaluation.base import Subject
 from cutmix_exp.models.base import StagedNetwork
 from cutmix_exp.schema import Part, option
 from cutmix_exp.seeding import stream
@@ -194,7 +194,7 @@ class Features:
                 features, _ = self(self.subject.normalize.unit(images))
             return {"label": labels, **{f"layer{i}": f for i, f in enumerate(features)}}
 
-        columns = over_images(self.subject.at_hand(train), self.subject.world, read)
+        columns = self.subject.over(self.subject.at_hand(train), read)
         known = columns.pop("label")
         return list(columns.values()), known
 

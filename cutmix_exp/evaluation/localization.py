@@ -17,7 +17,7 @@ from torch import Tensor
 from cutmix_exp.data.boxes import Boxes
 from cutmix_exp.data.sources import FileSet, ImageSet
 from cutmix_exp.errors import UserError
-from cutmix_exp.evaluation.base import Findings, Subject, Suite, over_images
+from cutmix_exp.evaluation.base import Findings, Subject, Suite
 from cutmix_exp.evaluation.cam import ByHead, Mapper, find_head, upsampled
 from cutmix_exp.evaluation.cam_sheet import Localized, contact_sheet
 from cutmix_exp.evaluation.classification import read_off
@@ -256,7 +256,7 @@ class Localization(Suite):
                 "in_top5": answer["in_top5"],
             }
 
-        return Located(**over_images(data, subject.world, work))
+        return Located(**subject.over(data, work))
 
     def _pictures(self, subject: Subject, mapper: Mapper, true: list[Boxes]) -> dict[str, bytes]:
         """A contact sheet of images from all over the test set, with the map of the predicted

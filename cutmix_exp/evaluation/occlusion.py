@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cutmix_exp.evaluation.attacks import percent, right
-from cutmix_exp.evaluation.base import EvaluationSet, Findings, Subject, Suite, over_images
+from cutmix_exp.evaluation.base import EvaluationSet, Findings, Subject, Suite
 from cutmix_exp.evaluation.classification import read_off
 from cutmix_exp.evaluation.sampling import limited
 from cutmix_exp.schema import option
@@ -63,7 +63,7 @@ class Occlusion(Suite):
             boundary = [right(subject, torch.where(m, pixels, cover), labels) for m in masks]
             return {"centre": torch.stack(centre, 1), "boundary": torch.stack(boundary, 1)}
 
-        hits = over_images(data, subject.world, occlude)
+        hits = subject.over(data, occlude)
         metrics, curves = {}, {}
         for kind in ("centre", "boundary"):
             errors = [percent(~column) for column in hits[kind].T]
@@ -168,7 +168,7 @@ class InBetween(Suite):
                 columns[f"{kind}_larger"] = torch.stack(larger, 1)
             return columns
 
-        hits = over_images(Pairs(data, partner), subject.world, judge)
+        hits = subject.over(Pairs(data, partner), judge)
         metrics, curves = {}, {}
         for kind in ratios:
             neither = [percent(~column) for column in hits[f"{kind}_either"].T]

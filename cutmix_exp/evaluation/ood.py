@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from cutmix_exp.errors import UserError
-from cutmix_exp.evaluation.base import EvaluationSet, Findings, Subject, Suite, over_images
+from cutmix_exp.evaluation.base import EvaluationSet, Findings, Subject, Suite
 from cutmix_exp.evaluation.detectors import Detector, Score
 from cutmix_exp.evaluation.outliers import SETS, Chosen, Listed, Outliers, Setting, Source
 from cutmix_exp.schema import option
@@ -237,7 +237,7 @@ class OutOfDistribution(Suite):
             unit = shown if shown.is_floating_point() else subject.normalize.unit(shown)
             return {"score": score(unit)}
 
-        found = over_images(images, subject.world, judge, self.batch_size)["score"]
+        found = subject.over(images, judge, self.batch_size)["score"]
         bad = int((~np.isfinite(found)).sum())
         if bad:
             raise UserError(

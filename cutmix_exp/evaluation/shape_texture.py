@@ -13,7 +13,7 @@ from torch import Tensor
 from cutmix_exp.data.folders import class_folders, list_images
 from cutmix_exp.errors import UserError
 from cutmix_exp.evaluation.attacks import percent
-from cutmix_exp.evaluation.base import Findings, Subject, Suite, over_images
+from cutmix_exp.evaluation.base import Findings, Subject, Suite
 from cutmix_exp.evaluation.classification import read_off
 from cutmix_exp.evaluation.published import (
     as_they_are,
@@ -68,7 +68,7 @@ class StylizedImageNet(Suite):
             found = read_off(subject.logits_of(images), labels)
             return {name: found[name] for name in ("in_top1", "in_top5")}
 
-        hits = over_images(data, subject.world, judge)
+        hits = subject.over(data, judge)
         return Findings(
             metrics={
                 "top1_error": percent(~hits["in_top1"]),
@@ -161,7 +161,7 @@ class CueConflict(Suite):
         def judge(images: Tensor, labels: Tensor, _: np.ndarray) -> dict[str, Tensor]:
             return {"decision": decisions(subject.logits_of(images).softmax(1))}
 
-        found = over_images(as_they_are(subject, files), subject.world, judge)["decision"]
+        found = subject.over(as_they_are(subject, files), judge)["decision"]
         shape, texture = (found == cues.T) & (cues[:, 0] != cues[:, 1])
         conflicts = cues[:, 0] != cues[:, 1]
         decided = int(shape.sum() + texture.sum())

@@ -114,7 +114,7 @@ class Reporter:
             self.console.print(text, markup=False)
 
     def steps(self, text: str, first: int, total: int) -> Iterator[int]:
-        """Count the steps first..total-1 of an epoch."""
+        """Count the steps first..total-1 of a piece of work."""
         if not (self.active and self.console.is_terminal):
             yield from range(first, total)
             return
@@ -124,3 +124,7 @@ class Reporter:
             for step in range(first, total):
                 yield step
                 bar.update(task, completed=step + 1)
+
+    def batches(self, total: int) -> Iterator[int]:
+        """Count the batches of an evaluation."""
+        return self.steps("evaluation", 0, total)

@@ -321,7 +321,8 @@ class Trainer:
     def predict(self, data: EvaluationSet, network: nn.Module | None = None) -> Predictions:
         """Of the network that counts: the moving average, where the recipe has one."""
         network = self.average.network if network is None else network
-        return predict(network, data, self.pipeline.normalize, self.world, self.config.dtype)
+        normalize, dtype = self.pipeline.normalize, self.config.dtype
+        return predict(network, data, normalize, self.world, dtype, self.report.batches)
 
     def raw_metrics(self, data: EvaluationSet) -> dict[str, float]:
         """`raw_top1_error`, ...: of the trained network, where it is not the one that counts."""
