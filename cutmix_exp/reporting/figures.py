@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,61 @@ def draw_values(axes: Any, section: Section) -> None:
     axes.set_xticks(range(len(rows)), [row.label.replace(": ", "\n") for row in rows])
     axes.set_xlim(-0.5, len(rows) - 0.5)
     axes.set(ylabel="top-1 error on the test set (%)")
+
+
+@dataclass(frozen=True)
+class Precisions:
+    """Draws the training loss by epoch of one row's runs in two precisions or more, and in an inset
+    what each differs by from the last precision's first run; says how far precisions and seeds lie apart.
+
+    Attributes:
+        label: of the row.
+    """
+
+    label: str
+
+    def __call__(self, axes: Any, section: Section) -> None:
+        lines = _with_curves(section, (self.label,))
+        if len(lines) < 2:
+            return
+        runs = [record for line in lines for record in line.records]
+        inset = axes.inset_axes((0.4, 0.45, 0.57, 0.52))
+        reference = lines[-1].records[0]
+        epochs = np.arange(1, len(_losses(reference)) + 1)
+        for record in runs:
+            style = {"color": f"C{runs.index(record)}", "linewidth": 1.2}
+            axes.plot(epochs, _losses(record), label=_run(record), **style)
+            inset.plot(epochs, _losses(record) - _losses(reference), **style)
+        inset.set_title(f"difference from {_run(reference)}", fontsize=8)
+        inset.tick_params(labelsize=8)
+        inset.grid(alpha=0.3)
+        told = [f"{what}: {gap:.4f}" for what, gap in loss_gaps(runs).items()]
+        axes.set(xlabel="epoch\nmean over epochs of the difference, " + "; ".join(told))
+        axes.set(ylabel=f"training loss, {self.label}")
+
+
+def loss_gaps(runs: Sequence[Record]) -> dict[str, float]:
+    """How far training losses lie apart, the mean of |a - b| over epochs and pairs: of two
+    precisions with one seed, and of two seeds in one precision. What has no pair is left out."""
+    gaps: dict[str, list[float]] = {}
+    for a, b in combinations(runs, 2):
+        precisions = [r["protocol"]["precision"] for r in (a, b)]
+        if precisions[0] != precisions[1] and a["seed"] == b["seed"]:
+            what = f"{precisions[0]} to {precisions[1]}, same seed"
+        elif precisions[0] == precisions[1]:
+            what = f"seeds of {precisions[0]}"
+        else:
+            continue
+        gaps.setdefault(what, []).append(float(np.abs(_losses(a) - _losses(b)).mean()))
+    return {what: float(np.mean(found)) for what, found in gaps.items()}
+
+
+def _losses(record: Record) -> np.ndarray:
+    return np.array(record["history"]["train/loss"])
+
+
+def _run(record: Record) -> str:
+    return f"{record['protocol']['precision']}, seed {record['seed']}"
 
 
 def _paper_curves(axes: Any, section: Section) -> None:
@@ -151,6 +207,7 @@ FIGURES = (
     Figure("figure3_alpha", "alpha_ablation", draw_values),
     Figure("figure3_layer", "layer_ablation", draw_values),
     Figure("curves_cifar10_jpeg_resnet20", "cifar10_jpeg_resnet20", draw_curves),
+    Figure("precisions_cifar10_jpeg", "cifar10_jpeg_resnet20", Precisions("Baseline, 15 epochs")),
     Figure("curves_tiny_imagenet", "tiny_imagenet", draw_curves),
 )
 

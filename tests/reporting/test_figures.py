@@ -12,7 +12,14 @@ import pytest
 from matplotlib import pyplot
 
 from cutmix_exp.config import Config
-from cutmix_exp.reporting.figures import FIGURES, draw, draw_curves, draw_values
+from cutmix_exp.reporting.figures import (
+    FIGURES,
+    Precisions,
+    draw,
+    draw_curves,
+    draw_values,
+    loss_gaps,
+)
 from cutmix_exp.reporting.tables import load_table, row_config, sections, table_names
 from scripts.make_tables import write_figure
 from tests.reporting.test_tables import BASELINE, CUTMIX, record
@@ -25,6 +32,7 @@ def with_curve(overrides: list[str], seed: int, last: float) -> dict[str, Any]:
     """A record of 300 epochs that ends at an error."""
     made = record(overrides, seed, last)
     made["history"] = {"test/top1_error": list(np.linspace(90.0, last, 300))}
+    made["history"]["train/loss"] = list(np.linspace(5.0, 0.1, 300))
     errors = [last, 50.0, 90.0]
     sides = {"side": [0.0, 16.0, 32.0], "top1_error": errors}
     ratios = {"ratio": [0.0, 0.5, 1.0], "neither_error": errors}
@@ -53,6 +61,39 @@ def test_curves_are_the_mean_of_the_seeds(axes: Any) -> None:
     assert set(curves) == {"Baseline", "CutMix"}
     assert tuple(curves["CutMix"][-1]) == (300, 15.0)
     assert tuple(curves["Baseline"][-1]) == (300, 17.0)
+
+
+def test_losses_of_precisions_and_seeds_are_told_apart(axes: Any) -> None:
+    table = load_table("cifar10_jpeg_resnet20")
+    words = [*table.common, "aug=baseline", "schedule.epochs=2"]
+    table = replace(table, rows=(replace(table.rows[0], overrides=tuple(words[-2:])),))
+
+    def run(precision: str, seed: int, loss: list[float]) -> dict[str, Any]:
+        made = record(words, seed, 10.0)
+        made["protocol"] = made["protocol"] | {"precision": precision}
+        made["history"] = {"test/top1_error": [20.0, 10.0], "train/loss": loss}
+        return made
+
+    runs = [run("bf16", 0, [2.0, 1.0]), run("fp32", 0, [2.5, 0.9]), run("fp32", 1, [2.4, 0.7])]
+    # By hand: |2 - 2.5| and |1 - 0.9|; |2.5 - 2.4| and |0.9 - 0.7|. Another precision with another
+    # seed says nothing.
+    gaps = {"bf16 to fp32, same seed": 0.3, "seeds of fp32": 0.15}
+    assert loss_gaps(runs) == pytest.approx(gaps)
+    (section,) = sections(table, runs)
+    Precisions(table.rows[0].label)(axes, section)
+    curves = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert curves["fp32, seed 1"] == [2.4, 0.7] and len(curves) == 3
+    (inset,) = axes.child_axes
+    assert [list(line.get_ydata()) for line in inset.lines][1] == [0.0, 0.0]
+    assert "0.3000" in axes.get_xlabel() and "0.1500" in axes.get_xlabel()
+
+
+def test_one_precision_alone_draws_nothing(axes: Any) -> None:
+    table = load_table("cifar10_jpeg_resnet20")
+    made = record([*table.common, *table.rows[0].overrides], 0, 10.0)
+    made["history"] = {"test/top1_error": [10.0] * 15, "train/loss": [1.0] * 15}
+    Precisions(table.rows[0].label)(axes, sections(table, [made])[0])
+    assert not axes.has_data()
 
 
 def test_values_stand_over_their_rows(axes: Any) -> None:
@@ -95,12 +136,14 @@ def test_curves_of_suites_are_the_mean_of_the_seeds(axes: Any) -> None:
 
 @pytest.mark.parametrize("figure", FIGURES, ids=lambda f: f.name)
 def test_every_figure_can_be_drawn(figure: Any) -> None:
-    """From one record of each row that is available."""
+    """From two records of each row that is available, in two precisions."""
     assert figure.table in table_names()
     table = load_table(figure.table)
     assert draw(figure, table, []) is None
     rows = [row for row in table.rows if isinstance(row_config(table, row), Config)]
     records = [with_curve(table.overrides(row), 0, 20.0) for row in rows[:2]]
+    protocols = [{**made["protocol"], "precision": "fp16"} for made in records]
+    records += [{**made, "protocol": p} for made, p in zip(records, protocols, strict=True)]
     for made in records:
         made["config"]["schedule"]["epochs"] = 300
     if rows:
