@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 
 import numpy as np
@@ -21,6 +22,14 @@ def raw(seed: int, purpose: str, epoch: int = 0, step: int = 0, count: int = 4) 
 def test_a_stream_is_a_function_of_its_key(key: tuple[int, str, int, int]) -> None:
     for other in KEYS:
         assert np.array_equal(raw(*key), raw(*other)) == (key == other)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (0, 1), (1, 0), (299, 390), (2**40, 2**63)], ids=str)
+def test_a_stream_is_philox_at_its_key_and_counter(place: tuple[int, int]) -> None:
+    epoch, step = place
+    digest = hashlib.sha256(b"7/mix").digest()[:16]
+    plain = np.random.Philox(key=int.from_bytes(digest, "little"), counter=[0, 0, step, epoch])
+    assert np.array_equal(raw(7, "mix", epoch, step, 9), plain.random_raw(9))
 
 
 def test_using_one_stream_shifts_no_other() -> None:
