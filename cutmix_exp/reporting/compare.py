@@ -6,6 +6,7 @@ import numpy as np
 
 from cutmix_exp.reporting.examined import Columns, Examined
 from cutmix_exp.reporting.markdown import bullets, table_of
+from cutmix_exp.reporting.record import Record
 from cutmix_exp.reporting.statistics import mcnemar, paired_bootstrap
 
 
@@ -17,7 +18,7 @@ def compare(a: Examined, b: Examined) -> str:
     for suite in sorted(set(a.record["evaluations"]) | set(b.record["evaluations"])):
         mine, theirs = (x.record["evaluations"].get(suite) for x in (a, b))
         parts.append(f"## Suite {suite}\n")
-        if mine and theirs and mine["suite"] != theirs["suite"]:
+        if mine and theirs and not _asked_the_same(mine, theirs):
             parts.append("Not comparable: the suite's fields differ between the two.\n")
             continue
         parts.append(_metrics(*(e["metrics"] if e else {} for e in (mine, theirs))))
@@ -59,10 +60,16 @@ def _leaves(tree: object, path: str = "") -> list[tuple[str, object]]:
 
 def _paired(a: Examined, b: Examined) -> list[str]:
     """McNemar's test and the bootstrap of the difference, for each suite that both were shown."""
+    if reason := _other_data(a.record, b.record):
+        return [f"No paired tests: {reason}.\n"]
     rows, left_out = [], []
     for suite in [s for s in a.columns if s in b.columns]:
         mine, theirs = a.correct(suite), b.correct(suite)
         if mine is None or theirs is None:
+            continue
+        entries = [x.record["evaluations"].get(suite) for x in (a, b)]
+        if all(entries) and not _asked_the_same(*entries):
+            left_out.append(f"`{suite}`: its fields differ between the two.")
             continue
         if not same_images(a.columns[suite], b.columns[suite]):
             left_out.append(f"`{suite}`: the two were not shown the same images.")
@@ -100,6 +107,21 @@ def _paired(a: Examined, b: Examined) -> list[str]:
         "takes seeds.",
     ]
     return ["## Image by image\n", table_of(head, rows), *bullets([*notes, *left_out]), ""]
+
+
+def _asked_the_same(a: Record, b: Record) -> bool:
+    return bool(a["suite"] == b["suite"] and a["version"] == b["version"])
+
+
+def _other_data(a: Record, b: Record) -> str:
+    """Why two networks were not tested on the same images; empty if they were, as far as records
+    tell (those of networks from elsewhere have no fingerprint)."""
+    if a["dataset"] != b["dataset"]:
+        return f"A was tested on {a['dataset']}, B on {b['dataset']}"
+    prints = [r.get("provenance", {}).get("dataset_fingerprint") for r in (a, b)]
+    if all(prints) and prints[0] != prints[1]:
+        return f"the files of {a['dataset']} were not the same for the two"
+    return ""
 
 
 def same_images(a: Columns, b: Columns) -> bool:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from cutmix_exp import schema
-from cutmix_exp.evaluation.base import load_suite
+from cutmix_exp.evaluation.base import Suite, load_suite
 from cutmix_exp.reporting.markdown import bullets, csv_of, mean_and_spread, number, table_of
 from cutmix_exp.reporting.record import Record
 from cutmix_exp.reporting.statistics import Summary, summarize
 from cutmix_exp.reporting.tables import Column, Line, Row, Section, Table, sections
+
+Entry = dict[str, Any]
 
 
 def render_evaluations(table: Table, records: list[Record]) -> tuple[str, str]:
@@ -27,16 +30,25 @@ def render_evaluations(table: Table, records: list[Record]) -> tuple[str, str]:
     return "\n".join(parts), csv_of(rows)
 
 
-def found_of(record: Record, column: Column) -> float | None:
-    """A suite's number in a record; None where it was not run."""
-    entry = record.get("evaluations", {}).get(column.suite)
-    value = None if entry is None else entry["metrics"].get(column.metric)
-    return None if value is None else float(value)
+def entries_of(records: Sequence[Record], suite: str) -> list[Entry | None]:
+    """What a suite has found of each network, as far as it can stand in one cell: by the suite's own
+    settings as they are now, and in one precision: that of the training, or else the first one's.
+    None: not run, or so that it cannot."""
+    own = load_suite(suite)
+    every = [record.get("evaluations", {}).get(suite) for record in records]
+    found = [entry if entry and own.gave(entry) else None for entry in every]
+    precisions = [entry["precision"] for entry in found if entry]
+    trained = records[0].get("protocol", {}).get("precision") if records else None
+    chosen = trained if trained in precisions else next(iter(precisions), None)
+    return [entry if entry and entry["precision"] == chosen else None for entry in found]
 
 
 def values_of(records: Sequence[Record], column: Column) -> list[float]:
-    found = [found_of(record, column) for record in records]
-    return [value for value in found if value is not None]
+    """A suite's number of each network that has it."""
+    found = [
+        entry["metrics"].get(column.metric) for entry in entries_of(records, column.suite) if entry
+    ]
+    return [float(value) for value in found if value is not None]
 
 
 def published_of(row: Row, column: Column) -> float | None:
@@ -120,13 +132,13 @@ def _caveats(section: Section) -> list[str]:
         "The networks are those of the last epoch; mean ± sample standard deviation over seeds. "
         "Suites: " + ", ".join(dict.fromkeys(f"`{c.suite}`" for c in table.columns)) + ".",
     ]
-    records = [r for line in section.lines for r in line.records]
-    entries = [r["evaluations"].get(c.suite) for r in records for c in table.columns]
+    suites = dict.fromkeys(c.suite for c in table.columns)
+    entries = [e for line in section.lines for s in suites for e in entries_of(line.records, s)]
     if done := [entry for entry in entries if entry]:
         devices = sorted({f"{e['cost']['device']}, {e['precision']}" for e in done})
         texts.append(f"Evaluated on: {'; '.join(devices)}.")
-    if settings := _other_settings(section):
-        texts.append(f"Not with the suite's own settings: {'; '.join(settings)}.")
+    if left_out := _left_out(section):
+        texts.append(f"In records, but not shown: {'; '.join(left_out)}.")
     sources = [c.source for line in section.lines for c in line.row.published if c.source]
     if sources:
         texts.append(f"Published: {'; '.join(dict.fromkeys(sources))}.")
@@ -137,25 +149,28 @@ def _caveats(section: Section) -> list[str]:
     return texts + [f"{r.label}: {r.note}." for r in table.rows if r.note]
 
 
-def _other_settings(section: Section) -> list[str]:
-    """Whose numbers are of other settings than their suite's now (a part of the images, say), which
-    a sweep of the table would replace."""
-    found: dict[str, list[str]] = {}
+def _left_out(section: Section) -> list[str]:
+    """What records have that cannot stand in a cell: findings of other settings than the suite's own
+    now (a part of the images, say), and of another precision than the others."""
+    told: dict[str, list[str]] = {}
     for name in dict.fromkeys(c.suite for c in section.table.columns):
-        suite = load_suite(name)
-        own = schema.identity_of(suite)
         for line in section.lines:
-            for entry in (r["evaluations"].get(name) for r in line.records):
-                if entry is None or suite.gave(entry):
+            shown = entries_of(line.records, name)
+            for record, entry in zip(line.records, shown, strict=True):
+                held = record["evaluations"].get(name)
+                if held is None or entry is not None:
                     continue
-                held = entry["suite"]
-                said = [
-                    f"{key}={held.get(key)}" for key in own | held if held.get(key) != own.get(key)
-                ]
-                said += [f"version {entry['version']}"] * (entry["version"] != suite.version)
-                labels = found.setdefault(f"`{name}` {', '.join(said)}", [])
+                labels = told.setdefault(f"`{name}` {_how(held, load_suite(name))}", [])
                 labels += [line.row.label] * (line.row.label not in labels)
-    return [f"{what} ({', '.join(labels)})" for what, labels in found.items()]
+    return [f"{what} ({', '.join(labels)})" for what, labels in told.items()]
+
+
+def _how(entry: Entry, suite: Suite) -> str:
+    """In what an entry differs from the suite as it is now, or else its precision."""
+    held, own = entry["suite"], schema.identity_of(suite)
+    said = [f"{key}={held.get(key)}" for key in own | held if held.get(key) != own.get(key)]
+    said += [f"version {entry['version']}"] * (entry["version"] != suite.version)
+    return f"with {', '.join(said)}" if said else f"in {entry['precision']}"
 
 
 def _others(table: Table, records: list[Record]) -> list[str]:
@@ -165,10 +180,10 @@ def _others(table: Table, records: list[Record]) -> list[str]:
     for record in records:
         if record["status"] != "external" or record["dataset"] not in datasets:
             continue
-        found = [found_of(record, column) for column in table.columns]
-        if any(value is not None for value in found):
+        found = [values_of([record], column) for column in table.columns]
+        if any(found):
             cells = [
-                "not run" if v is None else f"{v:.{c.digits}f}"
+                f"{v[0]:.{c.digits}f}" if v else "not run"
                 for v, c in zip(found, table.columns, strict=True)
             ]
             rows.append([record["run_id"], *cells])

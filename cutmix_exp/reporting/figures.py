@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cutmix_exp.reporting.evaluations import entries_of
 from cutmix_exp.reporting.record import Record
 from cutmix_exp.reporting.statistics import Summary, summarize
 from cutmix_exp.reporting.tables import Line, Section, Table, sections
@@ -115,13 +116,17 @@ def loss_gaps(runs: Sequence[Record]) -> dict[str, float]:
     precisions with one seed, and of two seeds in one precision. What has no pair is left out."""
     gaps: dict[str, list[float]] = {}
     for a, b in combinations(runs, 2):
-        precisions = [r["protocol"]["precision"] for r in (a, b)]
-        if precisions[0] != precisions[1] and a["seed"] == b["seed"]:
-            what = f"{precisions[0]} to {precisions[1]}, same seed"
-        elif precisions[0] == precisions[1]:
-            what = f"seeds of {precisions[0]}"
-        else:
+        (one, other), same_seed = (r["protocol"] for r in (a, b)), a["seed"] == b["seed"]
+        if one["bn_group_size"] != other["bn_group_size"]:
             continue
+        if (one["precision"] == other["precision"]) == same_seed:
+            continue
+        precision = one["precision"]
+        what = (
+            f"{precision} to {other['precision']}, same seed"
+            if same_seed
+            else f"seeds of {precision}"
+        )
         gaps.setdefault(what, []).append(float(np.abs(_losses(a) - _losses(b)).mean()))
     return {what: float(np.mean(found)) for what, found in gaps.items()}
 
@@ -156,7 +161,7 @@ class Evaluated:
 
     def __call__(self, axes: Any, section: Section) -> None:
         for line in section.lines:
-            found = [e for r in line.records if (e := r.get("evaluations", {}).get(self.suite))]
+            found = [entry for entry in entries_of(line.records, self.suite) if entry]
             curves = [e["curves"][self.curve] for e in found if self.curve in e["curves"]]
             if curves:
                 mean = np.mean([curve[self.y] for curve in curves], axis=0)

@@ -29,10 +29,11 @@ CUTMIX = ["dataset=imagenet", "model=resnet", "aug=cutmix"]
 
 
 def entry(suite: str, **metrics: float) -> dict[str, Any]:
+    own = load_suite(suite)
     return {
         "checkpoint": "0123456789abcdef",
-        "suite": {"class": "Some", "name": suite, "eps": 8},
-        "version": 1,
+        "suite": identity_of(own),
+        "version": own.version,
         "precision": "bf16",
         "metrics": metrics,
         "curves": {"by_eps": {"eps": [0.0, 8.0], "top1_error": [20.0, 80.0]}},
@@ -78,19 +79,29 @@ def test_numbers_can_run_down_the_page() -> None:
     assert lines["seeds"]["CutMix"] == "0 (n=1)"
 
 
-def test_settings_that_are_not_the_suites_own_are_named() -> None:
-    record = examined_record(CUTMIX, 0, 21.0, top1_accuracy=30.0)
-    found = record["evaluations"]["fgsm"]
-    own = load_suite("fgsm")
-    found |= {"suite": identity_of(own), "version": own.version}
-    assert "own settings" not in render(TABLE11, [record])[0]
+def test_a_cell_has_the_suites_own_settings_and_one_precision() -> None:
+    accuracies = (30.0, 33.0, 99.0)
+    records = [examined_record(CUTMIX, s, 21.0, top1_accuracy=a) for s, a in enumerate(accuracies)]
+    found, own = records[2]["evaluations"]["fgsm"], load_suite("fgsm")
+    assert "not shown" not in render(TABLE11, records)[0]
+
+    def cell_and_note() -> tuple[str, str]:
+        text = render(TABLE11, records)[0]
+        (note,) = [line for line in text.splitlines() if "not shown" in line]
+        return {r["Method"]: r for r in parsed(text)[0]}["CutMix"]["FGSM 8/255"], note
+
     found["suite"] = identity_of(replace(own, limit=2000))
-    assert (
-        "Not with the suite's own settings: `fgsm` limit=2000 (CutMix)."
-        in render(TABLE11, [record])[0]
-    )
+    told = "* In records, but not shown: `fgsm` with limit=2000 (CutMix)."
+    assert cell_and_note() == ("31.5 ± 2.1 (n=2)", told)
     found |= {"suite": identity_of(own), "version": own.version + 1}
-    assert f"`fgsm` version {own.version + 1} (CutMix)" in render(TABLE11, [record])[0]
+    assert "`fgsm` with version" in cell_and_note()[1]
+    found |= {"version": own.version, "precision": "fp32"}
+    assert cell_and_note() == ("31.5 ± 2.1 (n=2)", told.replace("with limit=2000", "in fp32"))
+    records[2:] = []  # where none is of the training's precision, the first one's counts
+    records[0]["evaluations"]["fgsm"]["precision"] = "fp16"
+    assert records[0]["protocol"]["precision"] not in ("fp16", "fp32")
+    records[1]["evaluations"]["fgsm"]["precision"] = "fp32"
+    assert cell_and_note()[0] == "30.0 (n=1)"
 
 
 def test_networks_from_elsewhere_stand_below() -> None:
@@ -149,8 +160,18 @@ def test_other_images_or_other_settings_are_not_compared(tmp_path: Path) -> None
     alone = Examined(shifted.record, {}, tmp_path)  # a record without what was kept beside the run
     assert "No paired tests: the predictions for each image are beside" in compare(a, alone)
     b = examined(CUTMIX, B, tmp_path)
+    assert "p (McNemar)" in compare(a, b)
     b.record["evaluations"]["fgsm"]["suite"]["eps"] = 4
-    assert "Not comparable" in compare(a, b)
+    text = compare(a, b)
+    assert "Not comparable" in text and "p (McNemar)" not in text
+    assert "* `fgsm`: its fields differ between the two." in text
+    of_other_files = examined(CUTMIX, B, tmp_path)
+    a.record["provenance"]["dataset_fingerprint"] = "0123456789abcdef"
+    of_other_files.record["provenance"]["dataset_fingerprint"] = "fedcba9876543210"
+    text = compare(a, of_other_files)
+    assert "No paired tests: the files of imagenet were not the same" in text
+    other = examined(["dataset=cifar100", "model=resnet"], B, tmp_path)
+    assert "A was tested on imagenet, B on cifar100" in compare(a, other)
 
 
 def test_a_card_shows_numbers_curves_and_what_is_missing(tmp_path: Path) -> None:

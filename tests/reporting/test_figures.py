@@ -12,6 +12,7 @@ import pytest
 from matplotlib import pyplot
 
 from cutmix_exp.config import Config
+from cutmix_exp.evaluation.base import load_suite
 from cutmix_exp.reporting.figures import (
     FIGURES,
     Precisions,
@@ -21,7 +22,9 @@ from cutmix_exp.reporting.figures import (
     loss_gaps,
 )
 from cutmix_exp.reporting.tables import load_table, row_config, sections, table_names
+from cutmix_exp.schema import identity_of
 from scripts.make_tables import write_figure
+from tests.reporting.test_evaluations import entry
 from tests.reporting.test_tables import BASELINE, CUTMIX, record
 
 matplotlib.use("Agg")
@@ -36,10 +39,11 @@ def with_curve(overrides: list[str], seed: int, last: float) -> dict[str, Any]:
     errors = [last, 50.0, 90.0]
     sides = {"side": [0.0, 16.0, 32.0], "top1_error": errors}
     ratios = {"ratio": [0.0, 0.5, 1.0], "neither_error": errors}
-    made["evaluations"] = {
-        "occlusion": {"curves": {"centre_occlusion": sides, "boundary_occlusion": sides}},
-        "in_between": {"curves": {"in_between_mixup": ratios, "in_between_cutmix": ratios}},
+    curves = {
+        "occlusion": {"centre_occlusion": sides, "boundary_occlusion": sides},
+        "in_between": {"in_between_mixup": ratios, "in_between_cutmix": ratios},
     }
+    made["evaluations"] = {name: {**entry(name), "curves": c} for name, c in curves.items()}
     return made
 
 
@@ -79,6 +83,9 @@ def test_losses_of_precisions_and_seeds_are_told_apart(axes: Any) -> None:
     # seed says nothing.
     gaps = {"bf16 to fp32, same seed": 0.3, "seeds of fp32": 0.15}
     assert loss_gaps(runs) == pytest.approx(gaps)
+    other_groups = run("fp32", 0, [9.0, 9.0])  # a third difference, of neither kind
+    other_groups["protocol"] = other_groups["protocol"] | {"bn_group_size": 7}
+    assert loss_gaps([*runs, other_groups]) == pytest.approx(gaps)
     (section,) = sections(table, runs)
     Precisions(table.rows[0].label)(axes, section)
     curves = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
@@ -132,6 +139,19 @@ def test_curves_of_suites_are_the_mean_of_the_seeds(axes: Any) -> None:
     (line,) = axes.lines
     assert line.get_label() == "CutMix"
     assert line.get_xydata().tolist() == [[0.0, 22.0], [16.0, 50.0], [32.0, 90.0]]
+
+
+def test_curves_of_other_settings_are_left_out(axes: Any) -> None:
+    cutmix = ["dataset=imagenet", "model=resnet", "aug=cutmix"]
+    records = [with_curve(cutmix, 0, 20.0), with_curve(cutmix, 1, 24.0)]
+    shorter = records[1]["evaluations"]["occlusion"]
+    shorter["suite"] = identity_of(replace(load_suite("occlusion"), steps=2))
+    shorter["curves"] = {"centre_occlusion": {"side": [0.0, 32.0], "top1_error": [24.0, 90.0]}}
+    figure = BY_NAME["figure5_imagenet_centre"]
+    (section,) = sections(load_table(figure.table), records)
+    figure.draw(axes, section)
+    (line,) = axes.lines
+    assert line.get_xydata().tolist() == [[0.0, 20.0], [16.0, 50.0], [32.0, 90.0]]
 
 
 @pytest.mark.parametrize("figure", FIGURES, ids=lambda f: f.name)
