@@ -14,7 +14,7 @@ import numpy as np
 
 from cutmix_exp import schema
 from cutmix_exp.distributed import world_of
-from cutmix_exp.errors import UserError
+from cutmix_exp.errors import LocalError, UserError
 from cutmix_exp.evaluation.base import Findings, Subject, Suite
 from cutmix_exp.files import write_atomically, write_bytes, write_json
 from cutmix_exp.reporting.card import write_card
@@ -38,14 +38,21 @@ class Place:
     """Where the findings of a subject are kept.
 
     Attributes:
+        weights: which network of the run they are of; those of another than the last have names of
+            their own, so that tables and cards do not take them for the last one's.
         record: the file that gets them.
         copies: records of the same run elsewhere (committed ones), which get them too.
         evaluations: the folder of per-image columns and pictures.
     """
 
+    weights: str
     record: Path
     copies: tuple[Path, ...]
     evaluations: Path
+
+    def key(self, suite: Suite) -> str:
+        """The name of a suite's findings: `fgsm`, `fgsm@best`."""
+        return suite.name if self.weights == "last" else f"{suite.name}@{self.weights}"
 
 
 def evaluate(
@@ -80,21 +87,27 @@ def evaluate(
         world.barrier()
         left_out = {}
         for suite in [part for listed in suites for part in listed.parts()]:
-            known = world.broadcast(read_record(place.record)["evaluations"].get(suite.name))
+            name = place.key(suite)
+            known = world.broadcast(read_record(place.record)["evaluations"].get(name))
             if known and not force and is_of(known, subject, suite):
-                report.say(f"{suite.name}: in the record already; force=true runs it again")
+                report.say(f"{name}: in the record already; force=true runs it again")
                 report.say(summary(known))
                 continue
             reason = suite.lacks(subject)
             if reason and demanded:
                 raise UserError(reason)
+            if not reason:
+                report.say(f"{name}: running")
+                try:
+                    report.say(summary(examine(subject, suite, place)))
+                except UserError as error:
+                    # What one rank alone has met leaves the others in the middle of the suite.
+                    if demanded or (isinstance(error, LocalError) and world.size > 1):
+                        raise
+                    reason = str(error)
             if reason:
-                left_out[suite.name] = reason
-                report.say(f"{suite.name}: left out: {reason}")
-                continue
-            report.say(f"{suite.name}: running")
-            entry = examine(subject, suite, place)
-            report.say(summary(entry))
+                left_out[name] = reason
+                report.say(f"{name}: left out: {reason}")
         if world.is_main:
             keep_left_out(place, left_out)
         record = read_record(place.record)
@@ -110,13 +123,15 @@ def place_of(origin: Origin, subject: Subject, results: Path) -> Place:
     committed = results / "records" / f"{subject.name}.json"
     if origin.run_dir is None:
         folder = Path(origin.config.runs_dir) / subject.name / "evaluations"
-        return Place(committed, (), folder)
+        return Place(origin.weights, committed, (), folder)
     own = read_record(origin.run_dir / "record.json")["metrics"]
     same = committed.exists() and read_record(committed)["metrics"] == own
     if committed.exists() and not same:
         subject.say(f"{committed} is of another training of this run and stays as it is")
     copies = (committed,) if same else ()
-    return Place(origin.run_dir / "record.json", copies, origin.run_dir / "evaluations")
+    return Place(
+        origin.weights, origin.run_dir / "record.json", copies, origin.run_dir / "evaluations"
+    )
 
 
 def is_of(entry: Entry, subject: Subject, suite: Suite) -> bool:
@@ -134,14 +149,14 @@ def examine(subject: Subject, suite: Suite, place: Place) -> Entry:
     found = suite.run(subject)
     entry = entry_of(subject, suite, found, time.monotonic() - started)
     if subject.world.is_main:
-        keep(place, suite.name, found, entry)
+        keep(place, place.key(suite), found, entry)
     subject.world.barrier()
     return entry
 
 
 def entry_of(subject: Subject, suite: Suite, found: Findings, seconds: float) -> Entry:
     """What stands in a record below `evaluations`."""
-    config = subject.config
+    config, code = subject.config, provenance()
     return {
         "checkpoint": subject.checkpoint,
         "suite": schema.identity_of(suite),
@@ -156,7 +171,8 @@ def entry_of(subject: Subject, suite: Suite, found: Findings, seconds: float) ->
             "device": device_name(config.device),
             "world_size": subject.world.size,
         },
-        "git_commit": provenance()["git_commit"],
+        "git_commit": code["git_commit"],
+        "dirty": code["dirty"],
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from cutmix_exp import schema
 from cutmix_exp.composition import compose
 from cutmix_exp.config import Config, from_dict, resolve
 from cutmix_exp.distributed import World
@@ -25,6 +28,7 @@ OF_A_RUN = (
     "devices",
     "precision",
     "dataset.root",
+    "dataset.boxes_dir",
     "dataset.cache_dir",
     "dataset.workers",
 )
@@ -48,6 +52,11 @@ class Origin:
     @property
     def record(self) -> Record | None:
         return read_record(self.run_dir / "record.json") if self.run_dir else None
+
+    @property
+    def weights(self) -> str:
+        """Which network of a run: `last`, `best` or the name of another checkpoint; `last` elsewhere."""
+        return self.file.stem if self.run_dir and self.file else "last"
 
 
 def find(where: str, runs_dir: Path, weights: str, overrides: list[str]) -> Origin:
@@ -104,6 +113,8 @@ def _of_run(folder: Path, weights: str, overrides: list[str]) -> Origin:
     for name, value in _fields(overrides).items():
         group, _, field = name.rpartition(".")
         (plain[group] if group else plain)[field] = value
+    if "weights" in plain["model"]:  # the checkpoint has them, the file need not be here any more
+        plain["model"]["weights"] = None
     plain["trainer"] |= {"bn_group_size": None, "sync_bn": False, "accumulate": 1}
     return Origin(resolve(from_dict(plain)), file, folder)
 
@@ -136,7 +147,7 @@ def open_subject(
     config = origin.config
     set_determinism(config.trainer.deterministic)
     world.together(config.dataset.prepare)
-    network = make_model(config)
+    network = make_model(config, blank=origin.file is not None)
     if origin.file is not None:
         load_into(network, read_state(origin.file), str(origin.file))
     network = network.to(memory_format=config.model.memory_format)
@@ -150,6 +161,14 @@ def open_subject(
             "name the right folder by dataset.root=FOLDER"
         )
     checkpoint = digest(network)
-    plain = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{config.dataset.name}-{config.model.name}")
-    name = record["run_id"] if record else f"external-{plain}-{checkpoint[:8]}"
+    name = record["run_id"] if record else outside_name(config, checkpoint)
     return Subject(name, checkpoint, network, config, splits, world, say, count)
+
+
+def outside_name(config: Config, checkpoint: str) -> str:
+    """`external-<data set>-<model>-<sha8>` of a network from elsewhere. The digest is of its tensors
+    and of what else its numbers depend on: normalisation, size of the images, ..."""
+    plain = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{config.dataset.name}-{config.model.name}")
+    known = [checkpoint, schema.identity_of(config.dataset), schema.identity_of(config.model)]
+    digest_of_all = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    return f"external-{plain}-{digest_of_all[:8]}"

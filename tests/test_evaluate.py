@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 from cutmix_exp import evaluate as evaluation
 from cutmix_exp import experiment
@@ -135,8 +136,14 @@ def test_a_checkpoint_from_elsewhere_gets_a_record_of_its_own(run: Path, tmp_pat
     record = evaluation.evaluate(
         origin, [CLASSIFICATION], tmp_path / "results", force=False, demanded=True
     )
-    name = f"external-digits-resnet-{subject.checkpoint[:8]}"
-    assert record["run_id"] == name
+    name = record["run_id"]
+    assert re.fullmatch(r"external-digits-resnet-[0-9a-f]{8}", name)
+    assert record["evaluations"]["classification"]["checkpoint"] == subject.checkpoint
+    again = open_subject(find(str(file), tmp_path, "last", words), ALONE).name
+    dark = open_subject(
+        find(str(file), tmp_path, "last", [*words, "dataset.mean=[0,0,0]"]), ALONE
+    ).name
+    assert again == name and dark != name  # its numbers are others
     (written,) = (tmp_path / "results" / "records").iterdir()
     assert written.name == f"{name}.json"
     assert str(tmp_path) not in written.read_text()
@@ -153,6 +160,64 @@ def test_the_best_network_is_that_of_the_validation_split(run: Path) -> None:
     assert origin.file == run / "checkpoints" / "best.pt"
     found = Classification(name="classification").run(open_subject(origin, ALONE)).metrics
     assert found["top1_error"] == record_of(run)["metrics"]["test/top1_error_val_selected"]
+
+
+def test_findings_of_other_weights_do_not_replace_those_of_the_last_epoch(run: Path) -> None:
+    results = run.parent.parent / "results"
+    committed = results / "records" / f"{run.name}.json"
+    write_json(committed, portable(record_of(run)))
+    last = examine(run, results=results)["evaluations"]["classification"]
+    for where, weights, name in (
+        (run.name, "best", "classification@best"),
+        (str(run / "checkpoints" / "best.pt"), "last", "classification@best"),
+        (str(run / "checkpoints" / "previous.pt"), "last", "classification@previous"),
+        (str(run / "checkpoints" / "last.pt"), "last", "classification"),
+    ):
+        origin = find(where, run.parent, weights, ["device=cpu"])
+        evaluation.evaluate(origin, [CLASSIFICATION], results, force=True, demanded=True)
+        held = json.loads(committed.read_text())["evaluations"]
+        assert (run / "evaluations" / f"{name}.npz").exists()
+        other = held[name]["checkpoint"] != last["checkpoint"]
+        assert other == (name == "classification@previous")  # the last epoch was the best one
+        assert held["classification"]["metrics"] == last["metrics"]
+
+
+def test_a_suite_that_fails_on_the_way_leaves_the_others_and_the_card(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(self: Classification, subject: Subject) -> Findings:
+        raise UserError("svhn/test_32x32.mat is damaged\nreplace it")
+
+    monkeypatch.setattr(Classification, "run", damaged)
+    suites = [CLASSIFICATION, load_suite("fgsm", {"limit": 8})]
+    record = examine(run, suites=suites, demanded=False, card=True)
+    assert list(record["evaluations"]) == ["fgsm"]
+    assert record["evaluations_left_out"] == {"classification": "svhn/test_32x32.mat is damaged"}
+    page = run.parent.parent / "results" / "cards" / f"{run.name}.md"
+    assert "svhn/test_32x32.mat is damaged" in page.read_text()
+    with pytest.raises(UserError, match="damaged"):
+        examine(run, suites=suites)
+
+
+def test_a_fine_tuned_run_is_examined_without_the_weights_it_began_with(tmp_path: Path) -> None:
+    weights = tmp_path / "resnet18.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), weights)
+    words = ["dataset=digits", "dataset.image_size=32", "model=resnet_gap"]
+    words += ["model.architecture=resnet18", "model.pretrained=true", f"model.weights={weights}"]
+    words += ["budget=smoke", "trainer.max_steps=1", "device=cpu", f"runs_dir={tmp_path / 'runs'}"]
+    config = config_of(*words)
+    experiment.run(config)
+    weights.unlink()
+    record = examine(config.run_dir)
+    found = record["evaluations"]["classification"]["metrics"]["top1_error"]
+    assert found == record["metrics"]["test/top1_error_last"]
+
+
+def test_weights_known_by_their_digest_alone_are_refused_in_training() -> None:
+    words = ["dataset=digits", "model=timm", "model.architecture=test_resnet"]
+    model = config_of(*words, "model.pretrained=true", f"model.weights_sha256={'0' * 64}").model
+    with pytest.raises(UserError, match=r"add model\.weights=FILE"):
+        model.prepare()
 
 
 def test_what_cannot_be_examined_is_told(run: Path, tmp_path: Path) -> None:

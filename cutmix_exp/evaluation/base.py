@@ -91,7 +91,7 @@ class Subject:
     """A network under examination, with its data.
 
     Attributes:
-        name: the run_id, or `external-<name>-<sha8>` for a checkpoint from elsewhere.
+        name: the run_id, or `external-<data set>-<model>-<sha8>` for a checkpoint from elsewhere.
         checkpoint: the first 16 hexadecimal digits of the SHA-256 of the network's tensors.
         network: in evaluation mode, its parameters frozen (gradients flow to the images alone).
         config: resolved; of a network from elsewhere only `dataset`, `model`, `precision` and what

@@ -54,6 +54,10 @@ class Model(Part):
         """A network for float images [B, 3, H, W] that returns logits [B, num_classes]."""
         raise NotImplementedError
 
+    def blank(self, num_classes: int) -> nn.Module:
+        """The same network where all its tensors are about to be replaced: nothing is loaded."""
+        return self.build(num_classes)
+
 
 class AuxiliaryNetwork(nn.Module):
     """A network with losses of its own in training, beside the recipe's on its logits.

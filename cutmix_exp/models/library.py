@@ -48,7 +48,8 @@ class LibraryModel(Model):
         pretrained: start from published weights. Their head is kept where it has as many classes
             as the data set, else it is new; images are normalised as they were for them.
         weights: a file (.pth, .pt or .safetensors) that takes the place of the download.
-        weights_sha256: of that file; filled in, so that the run's identity has its content.
+        weights_sha256: of that file; filled in, so that the run's identity has its content. Without
+            `weights`, of a file that need not be at hand, as of a finished run.
         options: numbers for the network's constructor, such as `drop_path_rate`; switches are 0
             and 1.
         image_size: filled in; for networks that are made for one side of the images.
@@ -109,6 +110,11 @@ class LibraryModel(Model):
         """
         if not self.pretrained or self.weights:
             return
+        if self.weights_sha256:
+            raise UserError(
+                f"model.weights_sha256={self.weights_sha256} is of a file of weights that is not "
+                "named; add model.weights=FILE"
+            )
         published = self.published()
         if published.file is None and (reason := unreachable(published.server)):
             raise UserError(
@@ -134,6 +140,9 @@ class LibraryModel(Model):
                 "name another file by model.weights=FILE, or start from random weights by "
                 "model.pretrained=false"
             ) from None
+
+    def blank(self, num_classes: int) -> nn.Module:
+        return self.make(num_classes)
 
     def arguments(self) -> dict[str, Any]:
         """The options as the constructor takes them: whole numbers are integers."""
@@ -165,7 +174,7 @@ class LibraryModel(Model):
                 f"model.architecture={self.architecture}: {self.library} has no such weights; "
                 f"tags of {plain}: {', '.join(tags) or 'none'}"
             )
-        if not tags and not self.weights:
+        if not tags and not self.weights and not self.weights_sha256:
             raise UserError(
                 f"model.pretrained=true: {self.library} publishes no weights of {plain}; "
                 "name a file by model.weights=FILE, or leave model.pretrained out"
@@ -174,7 +183,7 @@ class LibraryModel(Model):
 
     def _digest(self) -> str | None:
         if self.weights is None:
-            return None
+            return self.weights_sha256
         found = sha256(Path(self.weights))
         if self.weights_sha256 not in (None, found):
             raise UserError(

@@ -490,11 +490,16 @@ def training_pipeline(
     )
 
 
-def make_model(config: Config) -> nn.Module:
-    """The network with the initial weights of the run's seed, whatever else was drawn before."""
+def make_model(config: Config, *, blank: bool = False) -> nn.Module:
+    """The network with the initial weights of the run's seed, whatever else was drawn before.
+
+    Args:
+        blank: without weights that would be loaded (`Model.blank`).
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(config.seed, "init"))
-        network = config.model.build(config.dataset.num_classes)
+        make = config.model.blank if blank else config.model.build
+        network = make(config.dataset.num_classes)
     for op in config.aug.network.values():
         network = op.attach(network)
     return network
