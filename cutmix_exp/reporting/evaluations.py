@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from cutmix_exp import schema
@@ -21,13 +22,23 @@ def render_evaluations(table: Table, records: list[Record]) -> tuple[str, str]:
     origin = f"Generated from records; the rows are those of configs/table/{table.name}.yaml."
     parts = [f"# {table.title}\n", f"{origin}\n"]
     rows: list[dict[str, object]] = []
-    for section in sections(table, records):
+    for section in map(with_findings, sections(table, records)):
         parts += _markdown(section)
         rows += [_csv_row(section, line, c) for line in section.lines for c in table.columns]
     parts += _others(table, records)
     if table.caveat:
         parts.append(f"{table.caveat}\n")
     return "\n".join(parts), csv_of(rows)
+
+
+def with_findings(section: Section) -> Section:
+    """Without the lines of which no suite of the table has seen a network, where another line of the
+    same row (of another precision, say) has been seen."""
+    suites = dict.fromkeys(column.suite for column in section.table.columns)
+    seen = [line for line in section.lines if any(any(entries_of(line.records, s)) for s in suites)]
+    rows = [line.row.label for line in seen]
+    lines = [line for line in section.lines if line in seen or line.row.label not in rows]
+    return replace(section, lines=lines)
 
 
 def entries_of(records: Sequence[Record], suite: str) -> list[Entry | None]:

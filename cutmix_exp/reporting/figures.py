@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cutmix_exp.reporting.evaluations import entries_of
+from cutmix_exp.reporting.evaluations import entries_of, with_findings
 from cutmix_exp.reporting.record import Record
 from cutmix_exp.reporting.statistics import Summary, summarize
 from cutmix_exp.reporting.tables import Line, Section, Table, sections
@@ -96,7 +96,7 @@ class Precisions:
         if len(lines) < 2:
             return
         runs = [record for line in lines for record in line.records]
-        inset = axes.inset_axes((0.4, 0.45, 0.57, 0.52))
+        inset = axes.inset_axes((0.4, 0.4, 0.57, 0.52))
         reference = lines[-1].records[0]
         epochs = np.arange(1, len(_losses(reference)) + 1)
         for record in runs:
@@ -107,7 +107,7 @@ class Precisions:
         inset.tick_params(labelsize=8)
         inset.grid(alpha=0.3)
         told = [f"{what}: {gap:.4f}" for what, gap in loss_gaps(runs).items()]
-        axes.set(xlabel="epoch\nmean over epochs of the difference, " + "; ".join(told))
+        axes.set_xlabel("epoch\nmean difference of an epoch: " + "; ".join(told), fontsize=9)
         axes.set(ylabel=f"training loss, {self.label}")
 
 
@@ -225,7 +225,7 @@ def draw(figure: Figure, table: Table, records: list[Record]) -> bytes | None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    for section in sections(table, records):
+    for section in map(with_findings, sections(table, records)):
         if not section.has_records:
             continue
         drawing, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")

@@ -69,6 +69,15 @@ def test_published_numbers_stand_beside_ours_or_not_run() -> None:
     assert (cell["values"], cell["n"], cell["published"]) == ("30.0000 33.0000", "2", "31.0")
 
 
+def test_runs_that_no_suite_has_seen_do_not_stand_beside_those_of_their_row() -> None:
+    seen = examined_record(CUTMIX, 0, 21.0, top1_accuracy=30.0)
+    unseen = record(CUTMIX, 1, 21.0, precision="fp32")
+    (table,) = parsed(render(TABLE11, [seen, unseen])[0])
+    assert [line["protocol"][:4] for line in table if line["Method"] == "CutMix"] == ["bf16"]
+    (table,) = parsed(render(TABLE11, [unseen])[0])
+    assert [line["protocol"][:4] for line in table if line["Method"] == "CutMix"] == ["fp32"]
+
+
 def test_numbers_can_run_down_the_page() -> None:
     table = replace(TABLE11, upright=True)
     found = examined_record(CUTMIX, 0, 21.0, top1_accuracy=30.0, clean_top1_error=21.0)
