@@ -52,6 +52,13 @@ class Setting:
     def find(self, path: str) -> Path | None:
         return next((p / path for p in self.places if (p / path).exists()), None)
 
+    def without_places(self, message: str) -> str:
+        """A message without the folders of this machine, so that it can be kept in records."""
+        folders = {str(place.absolute()) for place in (*self.places, self.cache) if place}
+        for folder in sorted(folders, reverse=True):  # what lies below another one first
+            message = message.replace(folder, "...")
+        return message
+
     def decoded(self, files: Listing, name: str, place: Path, side: int | None) -> Tensor:
         """All images of some files, uint8 [N, 3, H, W]."""
         return Cache(self.cache or place / ".cache", name).decoded(files, side).images
