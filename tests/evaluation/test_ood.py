@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -457,6 +458,24 @@ def test_openoods_lists(digits: Subject, tmp_path: Path) -> None:
     assert re.search(
         r"1 images that are not in .* the first is tin/test/1.png", lists.run(digits).skipped["tin"]
     )
+
+
+def test_openoods_lists_come_without_the_images(digits: Subject, tmp_path: Path) -> None:
+    """The archive of the lists has all sets, those of the images are one for each."""
+    lists = load_suite("ood_openood", {"root": str(tmp_path), "benchmark": "cifar10"})
+    images = openood_tree(tmp_path) / "images_classic"
+    shutil.rmtree(images / "texture")
+    (images / "tin").rename(tmp_path / "elsewhere")
+    assert not lists.lacks(digits)
+    found = lists.run(digits)
+    assert set(found.skipped) == {"cifar10", "tin", "texture"}
+    assert "test_texture.txt names in images_classic" in found.skipped["texture"]
+    assert found.protocol["means"] == {
+        "near_at_hand": ["cifar100"],
+        "far_at_hand": ["mnist", "svhn", "places365"],
+    }
+    shutil.rmtree(images / "cifar10")
+    assert "the first: cifar10/test/4.png" in lists.lacks(digits)
 
 
 def test_a_list_gives_the_order(digits: Subject, tmp_path: Path) -> None:
