@@ -18,6 +18,7 @@ from cutmix_exp.config import Hardware, from_dict, resolve
 from cutmix_exp.evaluation.base import load_suite
 from cutmix_exp.files import write_json
 from cutmix_exp.reporting.record import new_record
+from cutmix_exp.reporting.render import render
 from cutmix_exp.reporting.tables import Table, load_table
 from cutmix_exp.schema import build, identity_of
 from cutmix_exp.sweeps.jobs import Settings
@@ -43,6 +44,7 @@ import sys
 sys.path.insert(0, {str(ROOT / "scripts")!r})
 import run_table
 from cutmix_exp import cli
+from cutmix_exp.reporting.render import render
 from cutmix_exp.reporting.tables import Table
 from cutmix_exp.schema import build
 run_table.load_table = lambda name: build(Table, {SMALL!r})
@@ -257,6 +259,13 @@ def test_a_table_without_rows_to_run_says_so(tmp_path: Path) -> None:
     said = listed(planned(tmp_path, load_table("transfer"), budget="paper"))
     assert said.splitlines()[-1] == "no row of the table transfer can be run: 4 quoted, not run"
     assert "0 of 0" not in said
+
+
+def test_quoted_numbers_have_as_many_digits_as_were_published() -> None:
+    markdown, _ = render(load_table("transfer"), [])
+    assert "| Method | classification error | SSD mAP |" in markdown
+    assert "| Cutout | 22.93 | 76.8 | 75.0 | 63.0 |" in markdown
+    assert "| CutMix | 21.40 | 77.6 | 76.7 | 64.2 |" in markdown
 
 
 def test_what_is_after_a_failure_is_not_begun(tmp_path: Path) -> None:

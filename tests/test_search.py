@@ -154,6 +154,42 @@ def test_a_failed_trial_is_noted_and_the_search_goes_on(
         search(Search(trials=9, retries=0), words(tmp_path / "broken"), broken)
 
 
+@pytest.mark.parametrize("depths", ["8,9", "9,8"])
+def test_a_proposal_that_is_no_run_counts_as_failed_and_the_search_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], depths: str
+) -> None:
+    optuna = pytest.importorskip("optuna", reason=NO_OPTUNA)
+    engine = Instant()
+    options = Search(trials=12, study="mine")
+    searched = [w for w in words(tmp_path) if not w.startswith("model.depth")]
+    assert search(options, [*searched, f"model.depth={depths}"], engine) == 0
+    said = capsys.readouterr().out
+    refused = 12 - len(engine.rates)
+    assert 0 < refused < 12
+    assert f"{12 - refused} of 12 trials, {refused} failed" in said
+    assert said.count("model.depth=9 fits no three-stage") == refused
+    backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / ".searches/mine.journal"))
+    storage = optuna.storages.JournalStorage(backend)
+    states = [t.state.name for t in optuna.load_study(study_name="mine", storage=storage).trials]
+    assert states.count("FAIL") == refused and "RUNNING" not in states
+
+
+def test_the_end_says_that_every_trial_has_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("optuna", reason=NO_OPTUNA)
+    with pytest.raises(UserError, match="every trial has failed"):
+        search(Search(trials=2, retries=0), words(tmp_path / "runs"), Instant(fails_at=(1, 2)))
+    assert "0 of 2 trials, 2 failed" in capsys.readouterr().out
+
+
+def test_a_typo_is_told_before_anything_is_proposed(tmp_path: Path) -> None:
+    pytest.importorskip("optuna", reason=NO_OPTUNA)
+    with pytest.raises(UserError, match=r"no field 'schedule\.lrr'"):
+        search(Search(trials=2), words(tmp_path, "schedule.lrr=0.1"), Instant())
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_searches_do_not_share_a_study(tmp_path: Path) -> None:
     import fcntl
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cutmix_exp.evaluation.base import Suite, load_suite
+from cutmix_exp.errors import UserError
+from cutmix_exp.evaluation.base import Suite, load_suite, suite_names
 from cutmix_exp.schema import option
 
 
@@ -19,6 +20,11 @@ class Collection(Suite):
 
     suites: tuple[str, ...]
     limit: int | None = option(None, ge=1)
+
+    def __post_init__(self) -> None:
+        if not self.suites:
+            others = [name for name in suite_names() if name != self.name]
+            raise UserError(f"suites=[]: expected some of {', '.join(others)}")
 
     def parts(self) -> list[Suite]:
         changes = {} if self.limit is None else {"limit": self.limit}

@@ -104,6 +104,11 @@ class Corruptions(SomeCorruptions):
     frost_photos: str | None = None
     jpeg_quality: int | None = option(None, ge=1, le=100)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.severities:
+            raise UserError("severities=[]: expected some of 1, 2, 3, 4, 5")
+
     def family_for(self, subject: Subject) -> Family:
         return family_of(subject.image_size) if self.family == "auto" else self.family
 

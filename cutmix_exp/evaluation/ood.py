@@ -130,20 +130,24 @@ class OutOfDistribution(Suite):
         setting = self._setting(subject)
         sources, skipped = self._sources(subject, setting)
         if not sources:
-            raise UserError(
-                "none of the sets is at hand\n"
-                + "\n".join(f"{name}: {why}" for name, why in skipped.items())
-            )
+            raise none_left(skipped)
         score = self.detector.prepare(subject)
         inside = self._scores(subject, score, self._test(subject, setting), "the test images")
         scores = {"in": inside}
         metrics: dict[str, float] = {}
-        for name, source in sources.items():
-            images = subject.world.together(lambda s=source: s.load(setting))  # type: ignore[misc]
+        for name, source in list(sources.items()):
+            try:
+                images = subject.world.together(lambda s=source: s.load(setting))  # type: ignore[misc]
+            except UserError as error:  # the same on every rank
+                skipped[name] = f"it cannot be loaded: {setting.without_places(str(error))}"
+                del sources[name]
+                continue
             scores[name] = self._scores(subject, score, self._part(images), name)
             found = separation(inside, scores[name])
             subject.say(f"{name}: {len(scores[name]):,} images, AUROC {found['auroc']:.1f}")
             metrics |= {f"{name}/{what}": value for what, value in found.items()}
+        if not sources:
+            raise none_left(skipped)
         means = self._means(metrics, tuple(sources), subject)
         return Findings(
             metrics=metrics | means.pop("metrics"),
@@ -265,6 +269,12 @@ class OutOfDistribution(Suite):
             for what in METRICS:
                 out[f"{key}/{what}"] = float(np.mean([metrics[f"{n}/{what}"] for n in there]))
         return {"metrics": out, "of": of}
+
+
+def none_left(skipped: dict[str, str]) -> UserError:
+    """The error of a suite that has left out all its sets."""
+    reasons = "\n".join(f"{name}: {why}" for name, why in skipped.items())
+    return UserError(f"none of the sets is at hand\n{reasons}")
 
 
 def draw_scores(scores: dict[str, np.ndarray], metrics: dict[str, float], title: str) -> bytes:

@@ -52,6 +52,13 @@ class Setting:
     def find(self, path: str) -> Path | None:
         return next((p / path for p in self.places if (p / path).exists()), None)
 
+    def without_places(self, message: str) -> str:
+        """A message without the folders of this machine, so that it can be kept in records."""
+        folders = {str(place.absolute()) for place in (*self.places, self.cache) if place}
+        for folder in sorted(folders, reverse=True):  # what lies below another one first
+            message = message.replace(folder, "...")
+        return message
+
     def decoded(self, files: Listing, name: str, place: Path, side: int | None) -> Tensor:
         """All images of some files, uint8 [N, 3, H, W]."""
         return Cache(self.cache or place / ".cache", name).decoded(files, side).images
@@ -346,34 +353,49 @@ class Listed(Source):
         return f"benchmark_imglist/{self.benchmark}/test_{self.name}.txt"
 
     def missing(self, setting: Setting) -> str:
+        """Of the images only the first one is looked for: a set is unpacked or it is not."""
         where = (
             "https://github.com/Jingkang50/OpenOOD (scripts/download; each set under its own terms)"
         )
-        layout = f"{self.path} and the images that it names in images_classic or images_largescale"
-        return "" if setting.find(self.path) else not_at_hand(setting, layout, where)
+        below = "images_classic or images_largescale"
+        file = setting.find(self.path)
+        if file is None:
+            layout = f"{self.path} and the images that it names in {below}"
+            return not_at_hand(setting, layout, where)
+        names = self._names(file)
+        if names and self._root(file, names) is None:
+            layout = f"the images that {self.path} names in {below} (the first: {names[0]})"
+            return not_at_hand(setting, layout, where)
+        return ""
+
+    def _names(self, file: Path) -> list[str]:
+        """The paths that a list holds."""
+        lines = file.read_text("utf-8").splitlines()
+        return [line.split()[0] for line in lines if line.strip()]
+
+    def _root(self, file: Path, names: list[str]) -> Path | None:
+        """The folder that a list's paths start at; None where its first image is in none."""
+        roots = [file.parents[2] / f for f in ("images_classic", "images_largescale")]
+        return next((root for root in roots if names and (root / names[0]).is_file()), None)
 
     def load(self, setting: Setting) -> EvaluationSet:
         found = setting.find(self.path)
         assert found is not None, "missing() comes first"
-        place = found.parents[2]
-        lines = [line.split() for line in found.read_text("utf-8").splitlines() if line.strip()]
-        folders = [f for f in ("images_classic", "images_largescale") if (place / f).is_dir()]
-        root = next(
-            (place / f for f in folders if lines and (place / f / lines[0][0]).exists()), None
-        )
-        absent = [w[0] for w in lines if root is None or not (root / w[0]).is_file()]
+        place, names = found.parents[2], self._names(found)
+        root = self._root(found, names)
+        absent = [name for name in names if root is None or not (root / name).is_file()]
         if root is None or absent:
             raise UserError(
                 f"{found} names {len(absent):,} images that are not in {place}/images_classic or "
                 f"images_largescale, the first is {absent[0] if absent else '(none: it is empty)'}; "
                 "unpack OpenOOD's archive of this set there"
             )
-        stats = [(root / words[0]).stat() for words in lines]
+        stats = [(root / name).stat() for name in names]
         files = Listing(
             root,
-            np.array([words[0].encode() for words in lines]),
+            np.array([name.encode() for name in names]),
             np.array([s.st_size for s in stats], dtype=np.int64),
-            torch.zeros(len(lines), dtype=torch.int64),
+            torch.zeros(len(names), dtype=torch.int64),
             times=np.array([s.st_mtime_ns for s in stats], dtype=np.int64),
         )
         return setting.shown(files, f"ood-{self.benchmark}-{self.name}", place)

@@ -17,7 +17,8 @@ def class_maps(weights: Tensor, features: Tensor, classes: Tensor) -> Tensor:
 def own_class_maps(fc: nn.Linear, features: Tensor, classes: Tensor) -> Tensor:
     """`class_maps` for a network that learns from them: without gradients, and in float32 or better
     under autocast too, since they are compared with thresholds."""
-    with torch.autocast(features.device.type, enabled=False):
+    kind = "cpu" if features.is_meta else features.device.type  # shapes alone have no autocast
+    with torch.autocast(kind, enabled=False):
         exact = torch.promote_types(features.dtype, torch.float32)
         return class_maps(fc.weight.to(exact), features.to(exact), classes)
 

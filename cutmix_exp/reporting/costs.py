@@ -100,5 +100,5 @@ def _flops(model: Model, num_classes: int, image_size: int) -> int:
     key = repr((model, num_classes, image_size))
     if key not in _COUNTED:
         with torch.device("meta"):
-            _COUNTED[key] = forward_flops(model.build(num_classes), image_size)
+            _COUNTED[key] = forward_flops(model.build(num_classes), image_size, num_classes)
     return _COUNTED[key]

@@ -9,6 +9,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from cutmix_exp.models.base import AuxiliaryNetwork
+
 BACKWARD = 2.0
 """The backward pass takes about twice the forward pass's arithmetic."""
 
@@ -40,12 +42,16 @@ class FlopCount(TorchDispatchMode):
         return result
 
 
-def forward_flops(network: nn.Module, image_size: int) -> int:
-    """Floating-point operations of one image's forward pass; a multiply-add counts as two."""
+def forward_flops(network: nn.Module, image_size: int, num_classes: int) -> int:
+    """Floating-point operations of one image's forward pass in training; a multiply-add counts as
+    two. A network with losses of its own has parts that are asked in training alone."""
     was_training = network.training
-    network.eval()
+    network.eval()  # one image has no statistics
     device = next(network.parameters()).device
+    inputs = [torch.zeros(1, 3, image_size, image_size, device=device)]
+    if isinstance(network, AuxiliaryNetwork):
+        inputs.append(torch.zeros(1, num_classes, device=device))
     with torch.no_grad(), FlopCount() as counter:
-        network(torch.zeros(1, 3, image_size, image_size, device=device))
+        network(*inputs)
     network.train(was_training)
     return counter.total

@@ -116,8 +116,8 @@ def cost_of(
     phases: dict[str, float],
 ) -> dict[str, Any]:
     """What the run cost: time (`phase_seconds` of the last start), speed, memory (on a CPU the
-    process's peak), arithmetic; `achieved_flops` is that of the training steps in a second, on all
-    devices together."""
+    process's peak), arithmetic; `flops_per_image` is that of the forward pass in training,
+    `achieved_flops` that of the training steps in a second, on all devices together."""
     trains = [line for line in lines if line["split"] == "train"]
     speeds = sorted(line["images_per_second"] for line in trains if line["images_per_second"])
     if config.device == "cuda":
@@ -125,7 +125,7 @@ def cost_of(
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     speed = round(speeds[len(speeds) // 2], 2) if speeds else 0.0
-    flops = forward_flops(network, config.dataset.image_size)
+    flops = forward_flops(network, config.dataset.image_size, config.dataset.num_classes)
     return {
         "wall_seconds": round(seconds, 3),
         "phase_seconds": {name: round(spent, 3) for name, spent in phases.items()},

@@ -119,13 +119,20 @@ def _claims(claims: Sequence[Claim]) -> str:
 def _others(table: Table) -> str:
     """Published numbers of tasks that this code does not have."""
     names = list(dict.fromkeys(n for r in table.rows for c in r.published for n in c.others))
+    found = [{n: v for c in row.published for n, v in c.others.items()} for row in table.rows]
+    digits = {n: max(_digits(values[n]) for values in found if n in values) for n in names}
     rows = []
-    for row in table.rows:
-        values = {n: v for claim in row.published for n, v in claim.others.items()}
-        rows.append([row.label, *(f"{values[n]:.1f}" if n in values else "" for n in names)])
+    for row, values in zip(table.rows, found, strict=True):
+        shown = (f"{values[n]:.{digits[n]}f}" if n in values else "" for n in names)
+        rows.append([row.label, *shown])
     return (
         f"Not run: there is no code for it yet. Published:\n\n{table_of(['Method', *names], rows)}"
     )
+
+
+def _digits(value: float) -> int:
+    """Behind the point, of the shortest text of a number: at least one."""
+    return len(f"{value}".partition(".")[2])
 
 
 def _details(section: Section, found: list[Result]) -> str:

@@ -199,14 +199,18 @@ def plan(
     jobs, refused = [], {}
     for name, words in zip(names_of(overrides), overrides, strict=True):
         try:
-            config = settings.resolve(from_dict(compose(list(words))))
+            jobs.append(job_of(name, words, settings))
         except UserError as error:
             refused[name] = str(error)
-            continue
-        jobs.append(Job(name, tuple(words), config, config.run_dir / "record.json"))
     if refused and not jobs:
         raise UserError(next(iter(refused.values())))
     return jobs, refused
+
+
+def job_of(name: str, words: Sequence[str], settings: Settings) -> Job:
+    """The run that these overrides describe. Raises UserError: they describe none."""
+    config = settings.resolve(from_dict(compose(list(words))))
+    return Job(name, tuple(words), config, config.run_dir / "record.json")
 
 
 def names_of(overrides: Sequence[Sequence[str]]) -> list[str]:

@@ -11,21 +11,24 @@ import fcntl
 import hashlib
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, Literal
 
 from cutmix_exp.errors import UserError, installing
 from cutmix_exp.reporting.record import Record, read_record
 from cutmix_exp.schema import option
-from cutmix_exp.sweeps.jobs import Job, Settings, plan
+from cutmix_exp.sweeps.jobs import Job, Settings, job_of
 from cutmix_exp.sweeps.local import Local, visible_gpus
 from cutmix_exp.sweeps.space import Choice, Interval, Space, space_of
 from cutmix_exp.sweeps.sweep import Engine, Sweep
 
 METRICS = ("loss", "top1_error", "top5_error")
+CORNERS = 16
+"""Of the space: so many are tried until one is a run, before the search is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,7 @@ def search(options: Search, words: Sequence[str], engine: Engine | None = None) 
     """
     optuna = _optuna()
     fixed, space = space_of(words)
-    (example,), _ = plan([[*fixed, *_words(space, _first(space))]], options)
+    example = _example(fixed, space, options)
     if options.metric.startswith("val/") and not example.config.dataset.val_size:
         raise UserError(
             f"metric={options.metric} needs held-out training images; set dataset.val_size=N"
@@ -99,6 +102,11 @@ def search(options: Search, words: Sequence[str], engine: Engine | None = None) 
         study.set_user_attr("about", about)
         status = _carry_out(optuna, study, options, fixed, space, example, engine)
         print(found(study, fixed, space, options), flush=True)
+        if status == 0 and all(t.value is None for t in study.trials):
+            raise UserError(
+                "every trial has failed, so that nothing is found; mend the cause, then give this "
+                "search more trials=N, or start another one: study=NAME"
+            )
     return status
 
 
@@ -112,6 +120,7 @@ def _carry_out(
     engine: Engine | None,
 ) -> int:
     running = optuna.trial.TrialState.RUNNING
+    failures = 0  # of runs; a proposal that is no run costs nothing
     while True:
         trials = {t.number: t.params for t in study.get_trials(states=(running,))}  # of a kill
         while len(trials) < at_a_time(options, example) and len(study.trials) < options.trials:
@@ -123,9 +132,8 @@ def _carry_out(
         if not trials:
             return 0
         words = {number: [*fixed, *_words(space, trials[number])] for number in trials}
-        jobs, _ = plan(list(words.values()), options)
-        jobs = [replace(job, name=shlex.join(job.words[len(fixed) :])) for job in jobs]
-        sweep = Sweep(jobs, options, engine=engine, brief=True)
+        jobs, refused = _planned(words.values(), len(fixed), options)
+        sweep = Sweep(jobs, options, refused=refused, engine=engine, brief=True)
         status = sweep.run()
         if sweep.signals:
             return status
@@ -133,11 +141,31 @@ def _carry_out(
             raise UserError(f"a trial cannot be carried out: {next(iter(sweep.held.values()))}")
         by_words = {job.words: job for job in jobs}
         for number, mine in words.items():
-            value = _value(by_words.get(tuple(mine)), options)
+            job = by_words.get(tuple(mine))  # None: this combination is no run
+            value = _value(job, options)
             state = None if value is not None else optuna.trial.TrialState.FAIL
             study.tell(number, value, state=state)
-        if all(t.value is None for t in study.trials) and len(study.trials) >= 3:
+            failures += job is not None and value is None
+        if failures >= 3 and all(t.value is None for t in study.trials):
             raise UserError("the first three trials have failed; see above, mend the cause first")
+
+
+def _planned(
+    proposals: Iterable[list[str]], common: int, options: Search
+) -> tuple[list[Job], dict[str, str]]:
+    """The runs that are proposed, and by name what is wrong with the proposals that are none.
+
+    Args:
+        common: number of first words that all proposals share, and that no name needs.
+    """
+    jobs, refused = [], {}
+    for words in proposals:
+        name = shlex.join(words[common:])
+        try:
+            jobs.append(job_of(name, words, options))
+        except UserError as error:
+            refused[name] = str(error)
+    return jobs, refused
 
 
 def at_a_time(options: Settings, example: Job) -> int:
@@ -176,9 +204,21 @@ def found(study: Any, fixed: list[str], space: Space, options: Search) -> str:
     return "\n".join(lines)
 
 
-def _first(space: Space) -> dict[str, Any]:
-    """Some point of the space."""
-    return {n: d.values[0] if isinstance(d, Choice) else d.low for n, d in space.items()}
+def _example(fixed: list[str], space: Space, options: Search) -> Job:
+    """Some run of the space: of its corners, the first one that is a run.
+
+    Raises:
+        UserError: none of the first corners is; the first one's cause.
+    """
+    ends = (d.values if isinstance(d, Choice) else (d.low, d.high) for d in space.values())
+    causes = []
+    for corner in islice(product(*ends), CORNERS):
+        words = [*fixed, *_words(space, dict(zip(space, corner, strict=True)))]
+        try:
+            return job_of("", words, options)
+        except UserError as error:
+            causes.append(error)
+    raise causes[0]
 
 
 def _words(space: Space, params: dict[str, Any]) -> list[str]:

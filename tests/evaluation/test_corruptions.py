@@ -106,11 +106,17 @@ def test_batches_and_subsets_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    "changes", [{"corruptions": ["rain"]}, {"corruptions": []}, {"severities": [6]}]
+    "changes",
+    [{"corruptions": ["rain"]}, {"corruptions": []}, {"severities": [6]}, {"severities": []}],
 )
 def test_what_is_not_allowed(changes: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"gaussian_noise|<= 5"):
+    with pytest.raises(UserError, match=r"gaussian_noise|<= 5|some of 1, 2, 3, 4, 5"):
         load_suite("corruptions", changes)
+
+
+def test_a_collection_of_nothing_is_refused() -> None:
+    with pytest.raises(UserError, match=r"suites=\[\]: expected some of .*corruptions"):
+        load_suite("robustness", {"suites": []})
 
 
 def cifar_c(folder: Path, names: tuple[str, ...], count: int = 12) -> ImageSet:

@@ -4,6 +4,8 @@ against pictures read by other means."""
 from __future__ import annotations
 
 import hashlib
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -336,9 +338,21 @@ def test_svhn(digits: Subject, tmp_path: Path) -> None:
     savemat(tmp_path / "svhn/test_32x32.mat", {"X": pixels, "y": np.ones((5, 1), np.uint8)})
     images = shown(digits, "svhn", tmp_path)
     assert all(np.array_equal(images[i].permute(1, 2, 0).numpy(), pixels[..., i]) for i in range(5))
+
+
+def test_a_set_whose_files_are_damaged_is_left_out_by_name(digits: Subject, tmp_path: Path) -> None:
+    (tmp_path / "svhn").mkdir()
     (tmp_path / "svhn/test_32x32.mat").write_bytes(b"no matrix")
-    with pytest.raises(UserError, match=r"test_32x32.mat cannot be read"):
-        suite(root=str(tmp_path)).run(digits)
+    write_image(tmp_path / "dtd/images/woven/woven_0.jpg", 1, (40, 40))
+    changes = {"root": str(tmp_path), "others": ["svhn", "dtd"]}
+    examined = suite(**changes)
+    for found in by_ranks(digits, 2, examined.run):
+        assert "svhn/test_32x32.mat cannot be read" in found.skipped["svhn"]
+        assert str(tmp_path) not in found.skipped["svhn"]  # it is kept in records
+        assert set(found.protocol["sets"]) == {"uniform", "gaussian", "dtd"}
+        assert "dtd/auroc" in found.metrics and "svhn/auroc" not in found.metrics
+    with pytest.raises(UserError, match=r"none of the sets is at hand\nsvhn: .* cannot be read"):
+        suite(root=str(tmp_path), groups={}, others=["svhn"]).run(digits)
 
 
 def test_textures_in_class_folders(digits: Subject, tmp_path: Path) -> None:
@@ -441,8 +455,27 @@ def test_openoods_lists(digits: Subject, tmp_path: Path) -> None:
     assert found.metrics["near/auroc"] == pytest.approx(near)
     assert set(found.skipped) == {"cifar10"}
     (tmp_path / "images_classic/tin/test/1.png").unlink()
-    with pytest.raises(UserError, match=r"1 images that are not in .* the first is tin/test/1.png"):
-        lists.run(digits)
+    assert re.search(
+        r"1 images that are not in .* the first is tin/test/1.png", lists.run(digits).skipped["tin"]
+    )
+
+
+def test_openoods_lists_come_without_the_images(digits: Subject, tmp_path: Path) -> None:
+    """The archive of the lists has all sets, those of the images are one for each."""
+    lists = load_suite("ood_openood", {"root": str(tmp_path), "benchmark": "cifar10"})
+    images = openood_tree(tmp_path) / "images_classic"
+    shutil.rmtree(images / "texture")
+    (images / "tin").rename(tmp_path / "elsewhere")
+    assert not lists.lacks(digits)
+    found = lists.run(digits)
+    assert set(found.skipped) == {"cifar10", "tin", "texture"}
+    assert "test_texture.txt names in images_classic" in found.skipped["texture"]
+    assert found.protocol["means"] == {
+        "near_at_hand": ["cifar100"],
+        "far_at_hand": ["mnist", "svhn", "places365"],
+    }
+    shutil.rmtree(images / "cifar10")
+    assert "the first: cifar10/test/4.png" in lists.lacks(digits)
 
 
 def test_a_list_gives_the_order(digits: Subject, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from cutmix_exp.config import Config
 from cutmix_exp.data.sources import Splits
 from cutmix_exp.distributed import World
 from cutmix_exp.evaluation.base import load_suite
+from cutmix_exp.reporting.costs import estimate
+from cutmix_exp.reporting.flops import FlopCount, forward_flops
 from cutmix_exp.subject import find
 from cutmix_exp.training.checkpoint import load_checkpoint
 from cutmix_exp.training.logging import NoLog, Reporter
@@ -60,6 +62,23 @@ def step(t: Trainer, *numbers: int) -> Trainer:
     for number in numbers:
         t.train_step(t.pipeline.plan(0, number))
     return t
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_arithmetic_of_training_has_the_parts_that_only_training_asks(name: str) -> None:
+    config = config_of(*SMALL, *HEADS[name])
+    network = config.model.build(10).eval()
+    size = config.dataset.image_size
+    images, targets = torch.zeros(1, 3, size, size), torch.zeros(1, 10)
+    with torch.no_grad(), FlopCount() as evaluated:
+        network(images)
+    with torch.no_grad(), FlopCount() as trained:
+        network(images, targets)
+    assert trained.total > evaluated.total
+    assert forward_flops(network, size, 10) == trained.total
+    seen = 28 * config.epochs  # the estimate counts without a device
+    hours = 3 * trained.total * seen / 1e12 / 3600
+    assert estimate(config, [], tflops=1.0).hours == pytest.approx(hours)
 
 
 @pytest.mark.parametrize("name", ["vgg_acol", "vgg_spg"])
