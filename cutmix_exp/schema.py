@@ -36,6 +36,7 @@ def option(
     lt: float | None = None,
     identity: bool = True,
     neutral: Any = _UNSET,
+    place: bool = False,
 ) -> Any:
     """A dataclass field with a range and a place in the run's identity.
 
@@ -45,8 +46,10 @@ def option(
         identity: False keeps the field out of the run's hash: it cannot move a number.
         neutral: for a field that is added after records were committed: while it has this value
             it stays out of the hash, so that those records keep their identity.
+        place: a folder of this machine: whether there is one can move a number, which one cannot.
     """
     metadata = {"ge": ge, "gt": gt, "le": le, "lt": lt, "identity": identity, "neutral": neutral}
+    metadata["place"] = place
     return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
 
 
@@ -192,6 +195,8 @@ def identity_of(value: Any) -> Any:
         out: dict[str, Any] = {"class": type(value).__name__} if isinstance(value, Part) else {}
         for field in dataclasses.fields(value):
             held = getattr(value, field.name)
+            if field.metadata.get("place") and held is not None:
+                held = "given"
             neutral = field.metadata.get("neutral", _UNSET)
             if field.metadata.get("identity", True) and (neutral is _UNSET or held != neutral):
                 out[field.name] = identity_of(held)

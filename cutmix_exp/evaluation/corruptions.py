@@ -101,7 +101,7 @@ class Corruptions(SomeCorruptions):
     severities: tuple[int, ...] = option(SEVERITIES, ge=1, le=5)
     family: Literal["auto", "cifar", "tiny_imagenet", "imagenet"] = "auto"
     seed: int = option(0, ge=0)
-    frost_photos: str | None = None
+    frost_photos: str | None = option(None, place=True)
     jpeg_quality: int | None = option(None, ge=1, le=100)
 
     def __post_init__(self) -> None:

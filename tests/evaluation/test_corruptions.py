@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cutmix_exp import schema
 from cutmix_exp.data.folders import list_images
 from cutmix_exp.data.sources import ImageSet
 from cutmix_exp.errors import UserError
@@ -85,6 +86,11 @@ def test_all_fifteen_but_frost_which_needs_photographs(tmp_path: Path) -> None:
     assert scores.pictures["sheet"].startswith(b"\x89PNG")
     for name in FROST_FILES:
         Image.new("RGB", (200, 150), (90, 100, 110)).save(tmp_path / name)
+    here, elsewhere, without = (
+        schema.identity_of(load_suite("corruptions", {"frost_photos": folder}))
+        for folder in (str(tmp_path), "/elsewhere", None)
+    )
+    assert here == elsewhere != without and str(tmp_path) not in str(here)
     with_frost = found("corruptions", corruptions=["frost"], frost_photos=str(tmp_path))
     assert not with_frost.skipped and "frost/top1_error" in with_frost.metrics
     with pytest.raises(UserError, match="frost_photos"):
