@@ -34,6 +34,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def title(found: dict[str, Any]) -> str:
+    """What tells a machine from others in its page and chart."""
+    flags = f" ({', '.join(found['flags'])})" if found["flags"] else ""
+    return f"{found['gpu'] or found['cpu']}, {found['cores']} cores{flags}"
+
+
 def machine_name(found: dict[str, Any]) -> str:
     """A file name: the processor, or the GPU, and the number of cores."""
     slug = re.sub(r"[^a-z0-9]+", "-", str(found["gpu"] or found["cpu"]).lower()).strip("-")
@@ -136,15 +142,14 @@ def markdown(whole: dict[str, Any]) -> str:
     dates = sorted({case["measured"] for case in whole["cases"].values()})
     return "\n".join(
         [
-            f"# Speed: {found['gpu'] or found['cpu']}, {found['cores']} cores",
+            f"# Speed: {title(found)}",
             "",
             "Written by `python scripts/benchmark.py`, or from its JSON alone by `table`. Variants run in",
             "processes of their own and take turns; figures are medians over the rounds (lowest to",
             "highest); a ratio is the median of the rounds' ratios. Unsteady: rounds differ by more than",
             f"{UNSTEADY:.0%} of their median.",
             "",
-            f"{found['memory_gib']} GiB; {', '.join(found['flags']) or 'no vector extensions noted'}; "
-            f"measured {' to '.join(sorted({dates[0], dates[-1]}))}.",
+            f"{found['memory_gib']} GiB; measured {' to '.join(sorted({dates[0], dates[-1]}))}.",
             "",
             *("| " + " | ".join(row) + " |" for row in table),
             "",
@@ -187,8 +192,7 @@ def draw(file: Path, whole: dict[str, Any]) -> None:
     axes.set_yticks(list(places), [f"{c['title']}\nvs {c['other']}" for c in cases], fontsize=7)
     axes.set_xscale("log")
     axes.set_xlabel("times as fast as the alternative (line: lowest to highest round)")
-    found = whole["machine"]
-    axes.set_title(f"{found['gpu'] or found['cpu']}, {found['cores']} cores")
+    axes.set_title(title(whole["machine"]))
     axes.legend(loc="lower right")
     canvas.tight_layout()
     write_atomically(file, lambda out: canvas.savefig(out, format="png", dpi=110))
