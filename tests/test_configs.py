@@ -171,9 +171,40 @@ def test_budgets_are_epochs_of_the_same_recipe(budget: str, epochs: int) -> None
 @pytest.mark.parametrize("name", [f.stem for f in FILES if f.parts[0] == "dataset"])
 def test_padding_can_be_set_for_every_data_set(name: str) -> None:
     own = ["dataset.num_classes=2"] if name == "image_folder" else []
-    built = from_dict(compose([f"dataset={name}", *own, "dataset.padding_mode=reflect"]))
+    pad = ["++dataset.crop=pad", "++dataset.crop_resize=null", "dataset.padding_mode=reflect"]
+    built = from_dict(compose([f"dataset={name}", *own, *pad]))
     assert built.dataset.padding_mode == "reflect"
     assert from_dict(compose([f"dataset={name}", *own])).dataset.crop_padding == 4
+
+
+@pytest.mark.parametrize("name", [f.stem for f in FILES if f.parts[0] == "dataset"])
+def test_what_a_data_sets_file_says_stays_where_it_has_no_use(name: str) -> None:
+    own = ["dataset.num_classes=2"] if name == "image_folder" else []
+    others = ["++dataset.crop_resize=null", "++dataset.eval_fit=shorter", "dataset.image_size=40"]
+    if name in ("cub", "imagenet", "image_folder", "tiny_imagenet", "cifar10_jpeg"):
+        others.append("dataset.delivery=resident")
+    for crop in ("pad", "random_resized"):
+        config = from_dict(compose([f"dataset={name}", *own, *others, f"++dataset.crop={crop}"]))
+        assert config.dataset.crop == crop
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tiny_imagenet", "dataset.eval_resize=80"], r"eval_resize=80 is of images that stream"),
+        (["tiny_imagenet", "dataset.crop_padding=8"], r"crop_padding=8 is of dataset\.crop=pad"),
+        (["tiny_imagenet", "dataset.padding_mode=reflect"], r"crop=random_resized has no use"),
+        (["cub", "dataset.padding_mode=reflect"], r"dataset\.crop=window has no use"),
+        (["cifar10", "+dataset.crop_scale=[0.2,1.0]"], r"crop_scale=\[0.2, 1.0\] is of dataset"),
+        (["cifar10", "+dataset.crop_ratio=[1.0,1.0]"], r"or set dataset\.crop=random_resized"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(words: list[str], said: str) -> None:
+    name, *others = words
+    with pytest.raises(UserError, match=said):
+        from_dict(compose([f"dataset={name}", *others]))
+    streams = ["dataset=tiny_imagenet", "dataset.delivery=streaming", "dataset.eval_resize=80"]
+    assert from_dict(compose(streams)).dataset.eval_resize == 80
 
 
 def test_resnet110_presets() -> None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ class Cub(ImageFiles):
         "https://data.caltech.edu/records/65de6-vp158",
         "images are their photographers'; for non-commercial research and education only",
     )
+    as_given: ClassVar[dict[str, Any]] = {"eval_resize": 256}
 
     delivery: Literal["resident", "streaming"] = option("streaming", neutral="resident")
 

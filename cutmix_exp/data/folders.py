@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -173,6 +173,8 @@ class ImageNet(ImageFiles):
         "after registration, for non-commercial research and education only",
     )
 
+    as_given: ClassVar[dict[str, Any]] = {"eval_resize": 256}
+
     delivery: Literal["resident", "streaming"] = option("streaming", neutral="resident")
     boxes_dir: str | None = option(None, identity=False)
 
@@ -279,6 +281,7 @@ class TinyImageNet(ImageFiles):
         "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
         "none of its own; ImageNet's: non-commercial research and education only",
     )
+    as_given: ClassVar[dict[str, Any]] = {"eval_resize": 64}
 
     @property
     def train_images(self) -> int:

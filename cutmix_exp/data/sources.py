@@ -10,7 +10,7 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -140,7 +140,9 @@ class Publication:
 class Dataset(Part):
     """The config group `dataset`.
 
-    The class attribute `published` says where the data is from.
+    Class attributes: `published` says where the data is from; `as_given` has what its file in
+    configs/dataset sets of the fields that some settings have no use for: such a value stays when
+    others are changed.
 
     Attributes:
         name: names the run.
@@ -169,6 +171,7 @@ class Dataset(Part):
     """
 
     published: ClassVar[Publication | None] = None
+    as_given: ClassVar[dict[str, Any]] = {}
 
     name: str
     root: str = option("data", identity=False)
@@ -208,6 +211,7 @@ class Dataset(Part):
                 f"size than dataset.image_size={self.image_size}"
             )
         self._check_window()
+        self._check_used()
         if self.padding_mode == "reflect" and self.crop_padding >= self.image_size:
             raise UserError(
                 f"dataset.crop_padding={self.crop_padding}: reflection pads by less than the image's "
@@ -231,6 +235,26 @@ class Dataset(Part):
                     f"dataset.{name}={usual} is of images that stream, which {self.name}'s do not; "
                     "leave it out, or, where the data set has it, set dataset.delivery=streaming"
                 )
+
+    def _check_used(self) -> None:
+        """Refuse what would do nothing, and yet make another run."""
+        used = {"crop_padding": "pad", "padding_mode": "pad"}
+        used |= {"crop_scale": "random_resized", "crop_ratio": "random_resized"}
+        usual = {field.name: field.default for field in fields(Dataset)}
+        for name, crop in used.items():
+            value = getattr(self, name)
+            if self.crop != crop and value not in (usual[name], self.as_given.get(name)):
+                shown = list(value) if isinstance(value, tuple) else value
+                raise UserError(
+                    f"dataset.{name}={shown} is of dataset.crop={crop}; dataset.crop={self.crop} has "
+                    f"no use for it; leave it out, or set dataset.crop={crop}"
+                )
+        as_they_are = (None, self.image_size, self.as_given.get("eval_resize"))
+        if not self.streams and self.eval_resize not in as_they_are:
+            raise UserError(
+                f"dataset.eval_resize={self.eval_resize} is of images that stream, which {self.name}'s "
+                "do not; leave it out, or, where the data set has it, set dataset.delivery=streaming"
+            )
 
     @property
     def train_images(self) -> int | None:
@@ -479,6 +503,7 @@ class Samples(Dataset):
         "https://scikit-learn.org/stable/datasets/loading_other_datasets.html",
         "CC BY 2.0",
     )
+    as_given: ClassVar[dict[str, Any]] = {"padding_mode": "reflect"}
 
     @property
     def train_images(self) -> int:

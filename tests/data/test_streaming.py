@@ -106,7 +106,8 @@ def test_streamed_images_are_those_of_the_plan_made_on_the_spot(files: FileSet) 
 def test_both_paths_make_the_same_images(tmp_path: Path, crop: str) -> None:
     """Of images that have the network's size already: within a grey level, colour and all."""
     files = write_images(tmp_path, 10, SIDE, SIDE)
-    data = dataset(crop=crop, color_jitter=0.4, lighting=0.1, padding_mode="reflect")
+    padding = {"padding_mode": "reflect"} if crop == "pad" else {}
+    data = dataset(crop=crop, color_jitter=0.4, lighting=0.1, **padding)
     held = [np.asarray(Image.open(files.path(i))) for i in range(len(files))]
     images = torch.from_numpy(np.stack(held)).permute(0, 3, 1, 2).contiguous()
     settings: dict[str, Any] = {"seed": 2, "batch_size": 10, "device": CPU}
@@ -168,7 +169,8 @@ def test_a_file_that_is_no_image_is_named(files: FileSet, tmp_path: Path) -> Non
 def test_test_images_are_centre_crops_each_once(files: FileSet, workers: int) -> None:
     from torchvision.transforms import v2
 
-    data = StreamedSet(files, dataset(eval_resize=20, workers=workers), CPU)
+    fields = {"eval_size": None, "eval_resize": 20, "workers": workers}
+    data = StreamedSet(files, FilesAtTwoSizes(**LARGER | fields), CPU)
     parts = [np.arange(0, 10), np.arange(10, 23)]
     got = torch.cat(list(data.batches(parts)))
     usual = v2.Compose([v2.Resize(20), v2.CenterCrop(SIDE), v2.PILToTensor()])
