@@ -44,7 +44,6 @@ import sys
 sys.path.insert(0, {str(ROOT / "scripts")!r})
 import run_table
 from cutmix_exp import cli
-from cutmix_exp.reporting.render import render
 from cutmix_exp.reporting.tables import Table
 from cutmix_exp.schema import build
 run_table.load_table = lambda name: build(Table, {SMALL!r})

@@ -229,12 +229,6 @@ class Dataset(Part):
                 f"dataset.crop_resize={self.crop_resize} is less than "
                 f"dataset.image_size={self.image_size}, the side of the window"
             )
-        for name, usual in (("crop", "window"), ("eval_fit", "stretch")):
-            if getattr(self, name) == usual and not self.streams:
-                raise UserError(
-                    f"dataset.{name}={usual} is of images that stream, which {self.name}'s do not; "
-                    "leave it out, or, where the data set has it, set dataset.delivery=streaming"
-                )
 
     def _check_used(self) -> None:
         """Refuse what would do nothing, and yet make another run."""
@@ -250,11 +244,18 @@ class Dataset(Part):
                     f"no use for it; leave it out, or set dataset.crop={crop}"
                 )
         as_they_are = (None, self.image_size, self.as_given.get("eval_resize"))
-        if not self.streams and self.eval_resize not in as_they_are:
-            raise UserError(
-                f"dataset.eval_resize={self.eval_resize} is of images that stream, which {self.name}'s "
-                "do not; leave it out, or, where the data set has it, set dataset.delivery=streaming"
-            )
+        of_streams = {
+            "crop": self.crop == "window",
+            "eval_fit": self.eval_fit == "stretch",
+            "eval_resize": self.eval_resize not in as_they_are,
+        }
+        for name, demanded in of_streams.items():
+            if demanded and not self.streams:
+                raise UserError(
+                    f"dataset.{name}={getattr(self, name)} is of images that stream, which "
+                    f"{self.name}'s do not; leave it out, or, where the data set has it, set "
+                    "dataset.delivery=streaming"
+                )
 
     @property
     def train_images(self) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from cutmix_exp import schema
@@ -14,6 +15,9 @@ from cutmix_exp.reporting.statistics import Summary, summarize
 from cutmix_exp.reporting.tables import Column, Line, Row, Section, Table, sections
 
 Entry = dict[str, Any]
+
+_as_it_is = cache(load_suite)
+"""A suite by its name, read once for all cells."""
 
 
 def render_evaluations(table: Table, records: list[Record]) -> tuple[str, str]:
@@ -45,7 +49,7 @@ def entries_of(records: Sequence[Record], suite: str) -> list[Entry | None]:
     """What a suite has found of each network, as far as it can stand in one cell: by the suite's own
     settings as they are now, and in one precision: that of the training, or else the first one's.
     None: not run, or so that it cannot."""
-    own = load_suite(suite)
+    own = _as_it_is(suite)
     every = [record.get("evaluations", {}).get(suite) for record in records]
     found = [entry if entry and own.gave(entry) else None for entry in every]
     precisions = [entry["precision"] for entry in found if entry]
@@ -171,7 +175,7 @@ def _left_out(section: Section) -> list[str]:
                 held = record["evaluations"].get(name)
                 if held is None or entry is not None:
                     continue
-                labels = told.setdefault(f"`{name}` {_how(held, load_suite(name))}", [])
+                labels = told.setdefault(f"`{name}` {_how(held, _as_it_is(name))}", [])
                 labels += [line.row.label] * (line.row.label not in labels)
     return [f"{what} ({', '.join(labels)})" for what, labels in told.items()]
 

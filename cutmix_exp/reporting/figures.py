@@ -99,8 +99,8 @@ class Precisions:
         inset = axes.inset_axes((0.4, 0.4, 0.57, 0.52))
         reference = lines[-1].records[0]
         epochs = np.arange(1, len(_losses(reference)) + 1)
-        for record in runs:
-            style = {"color": f"C{runs.index(record)}", "linewidth": 1.2}
+        for number, record in enumerate(runs):
+            style = {"color": f"C{number}", "linewidth": 1.2}
             axes.plot(epochs, _losses(record), label=_run(record), **style)
             inset.plot(epochs, _losses(record) - _losses(reference), **style)
         inset.set_title(f"difference from {_run(reference)}", fontsize=8)

@@ -196,14 +196,22 @@ def plan(
     Raises:
         UserError: none is a run; the first one's cause.
     """
+    jobs, refused = jobs_of(zip(names_of(overrides), overrides, strict=True), settings)
+    if refused and not jobs:
+        raise UserError(next(iter(refused.values())))
+    return jobs, refused
+
+
+def jobs_of(
+    named: Iterable[tuple[str, Sequence[str]]], settings: Settings
+) -> tuple[list[Job], dict[str, str]]:
+    """The runs among these names and overrides, and by name what is wrong with the others."""
     jobs, refused = [], {}
-    for name, words in zip(names_of(overrides), overrides, strict=True):
+    for name, words in named:
         try:
             jobs.append(job_of(name, words, settings))
         except UserError as error:
             refused[name] = str(error)
-    if refused and not jobs:
-        raise UserError(next(iter(refused.values())))
     return jobs, refused
 
 

@@ -11,7 +11,7 @@ import fcntl
 import hashlib
 import json
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice, product
@@ -21,7 +21,7 @@ from typing import Any, Literal
 from cutmix_exp.errors import UserError, installing
 from cutmix_exp.reporting.record import Record, read_record
 from cutmix_exp.schema import option
-from cutmix_exp.sweeps.jobs import Job, Settings, job_of
+from cutmix_exp.sweeps.jobs import Job, Settings, job_of, jobs_of
 from cutmix_exp.sweeps.local import Local, visible_gpus
 from cutmix_exp.sweeps.space import Choice, Interval, Space, space_of
 from cutmix_exp.sweeps.sweep import Engine, Sweep
@@ -132,7 +132,8 @@ def _carry_out(
         if not trials:
             return 0
         words = {number: [*fixed, *_words(space, trials[number])] for number in trials}
-        jobs, refused = _planned(words.values(), len(fixed), options)
+        named = ((shlex.join(mine[len(fixed) :]), mine) for mine in words.values())
+        jobs, refused = jobs_of(named, options)
         sweep = Sweep(jobs, options, refused=refused, engine=engine, brief=True)
         status = sweep.run()
         if sweep.signals:
@@ -148,24 +149,6 @@ def _carry_out(
             failures += job is not None and value is None
         if failures >= 3 and all(t.value is None for t in study.trials):
             raise UserError("the first three trials have failed; see above, mend the cause first")
-
-
-def _planned(
-    proposals: Iterable[list[str]], common: int, options: Search
-) -> tuple[list[Job], dict[str, str]]:
-    """The runs that are proposed, and by name what is wrong with the proposals that are none.
-
-    Args:
-        common: number of first words that all proposals share, and that no name needs.
-    """
-    jobs, refused = [], {}
-    for words in proposals:
-        name = shlex.join(words[common:])
-        try:
-            jobs.append(job_of(name, words, options))
-        except UserError as error:
-            refused[name] = str(error)
-    return jobs, refused
 
 
 def at_a_time(options: Settings, example: Job) -> int:
